@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""HASTE in one file: train diffusion transformers fast by aligning them with DINOv2, and stop the alignment early.
+"""HASTE in one file: train diffusion transformers fast, aligned with DINOv2 at first and alone later.
 
     REPA Works Until It Doesn't: Early-Stopped, Holistic Alignment Supercharges Diffusion Training
     Wang et al., NeurIPS 2025, https://arxiv.org/abs/2505.16792
 
     L = L_diff + lambda_R L_REPA + lambda_A L_ATTA    while step < tau   (phase I, holistic alignment)
-    L = L_diff                                        from tau on        (phase II, nothing of phase I is left)
+    L = L_diff                                        from tau on        (phase II, nothing of it is left)
 
-    python haste.py --demo                                                # a laptop: no GPU, no download, minutes
+    python haste.py --demo                                                # a laptop: no GPU, no download
     python haste.py --model SiT-B/2 --gradient-accumulation-steps 4       # one GPU
     torchrun --nproc_per_node=8 haste.py --model SiT-XL/2 --tau 250000    # eight GPUs: the paper's run
 
@@ -18,8 +18,9 @@ The same command starts a run and resumes it.
     t         t          (B,)                   time in [0, 1]: 0 is data, 1 is noise
     x_t       x_t        (B, C, S, S)           (1 - t) x0 + t eps
     v         v          (B, C, S, S)           the velocity; its target is eps - x0
-    h         h, z       (B, N, D), (B, N, D_T) the student's tokens after its feature block, and their projection
-    y         y          (B, N, D_T)            the teacher's final-normed patch tokens
+    h         h          (B, N, D)              the student's tokens after its feature block
+    proj(h)   z          (B, N, D_T)            their projection
+    y         y          (B, N, D_T)            the teacher's final-normed patch tokens (class labels: `labels`)
     A^S, A^T  qk         (B, heads, N, d) each  attention maps, as the [(q, k), ...] of the aligned blocks
 """
 import argparse
@@ -34,7 +35,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")     # torch.hub, too, must unpickle nothing it downloads
+os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")     # torch.hub, too, unpickles nothing
 
 import numpy as np
 import timm
@@ -51,6 +52,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid
 from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:     # Windows
+    resource = None
 
 
 class BadInput(ValueError):
@@ -160,7 +166,7 @@ def sincos_positions(dim, side):
 
 
 class SiT(nn.Module):
-    """The scalable interpolant transformer with REPA's projector; parameters are named as SiT and REPA name them.
+    """The scalable interpolant transformer with REPA's projector, its parameters named as SiT and REPA do.
 
     Dropping labels is left to the training loop (`y_embedder.drop`), whose random numbers are the run's own.
     Raises BadInput for sizes that do not fit each other."""
@@ -170,24 +176,25 @@ class SiT(nn.Module):
                  teacher_dim=768, projector_dim=2048):
         super().__init__()
         if input_size % patch_size:
-            raise BadInput(f"an input of {input_size} x {input_size} does not divide into patches of {patch_size}: "
-                           f"choose another resolution or another model")
+            raise BadInput(f"an input of {input_size} x {input_size} does not divide into patches of "
+                           f"{patch_size}: choose another resolution or another model")
         if hidden_size % num_heads or hidden_size % 4:
             raise BadInput(f"a width of {hidden_size} does not divide into {num_heads} heads, or not by 4")
         if not (1 <= feature_block <= depth and all(0 <= b < depth for b in attention_blocks)):
-            raise BadInput(f"a model of {depth} blocks lacks one of the attention blocks {tuple(attention_blocks)}, "
-                           f"counted from 0, or the feature block {feature_block}, counted from 1")
+            raise BadInput(f"a model of {depth} blocks lacks one of the attention blocks {tuple(attention_blocks)} "
+                           f"(from 0), or the feature block {feature_block} (from 1)")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.attention_blocks, self.feature_block = tuple(attention_blocks), feature_block
         # In REPA's order, because the optimizer states in its checkpoints count parameters in that order.
-        self.pos_embed = nn.Parameter(sincos_positions(hidden_size, input_size // patch_size), requires_grad=False)
+        positions = sincos_positions(hidden_size, input_size // patch_size)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(depth))
         self.projectors = nn.ModuleList([nn.Sequential(
-            nn.Linear(hidden_size, projector_dim), nn.SiLU(), nn.Linear(projector_dim, projector_dim), nn.SiLU(),
-            nn.Linear(projector_dim, teacher_dim))])
+            nn.Linear(hidden_size, projector_dim), nn.SiLU(),
+            nn.Linear(projector_dim, projector_dim), nn.SiLU(), nn.Linear(projector_dim, teacher_dim))])
         self.final_layer = FinalLayer(hidden_size, patch_size ** 2 * in_channels)
         self.initialize_weights()
 
@@ -210,14 +217,14 @@ class SiT(nn.Module):
 
     def unpatchify(self, x):
         p, side = self.patch_size, self.input_size // self.patch_size
-        x = x.reshape(-1, side, side, p, p, self.in_channels).permute(0, 5, 1, 3, 2, 4)     # (B, C, side, p, side, p)
+        x = x.reshape(-1, side, side, p, p, self.in_channels).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(-1, self.in_channels, self.input_size, self.input_size)
 
     def forward(self, x, t, y, align=False):
         """x (B, C, S, S), t (B,), labels y (B,) -> v (B, C, S, S).
 
-        With align: (v, z, qk), z (B, N, teacher_dim) the projected tokens, qk a list with the unscaled (q, k),
-        (B, heads, N, head_dim) each, of every one of attention_blocks."""
+        With align: (v, z, qk), z (B, N, teacher_dim) the projected tokens, qk a list of the unscaled (q, k),
+        each (B, heads, N, head_dim), of attention_blocks."""
         h = self.x_embedder(x) + self.pos_embed                 # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y)             # (B, D)
         kept = {}
@@ -247,13 +254,14 @@ class Teacher(nn.Module):
     def __init__(self, vit, blocks, grid, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
         super().__init__()
         attentions = [getattr(block, "attn", None) for block in getattr(vit, "blocks", [])]
-        if not attentions or getattr(vit, "pos_embed", None) is None or not all(
-                hasattr(a, "qkv") and isinstance(getattr(a, "q_norm", nn.Identity()), nn.Identity) for a in attentions):
-            raise BadInput(f"{type(vit).__name__} cannot teach: it lacks what DINOv2 has, absolute positions and "
-                           f"blocks[i].attn.qkv with no norm behind it")
+        plain = [hasattr(a, "qkv") and isinstance(getattr(a, "q_norm", nn.Identity()), nn.Identity) for a in attentions]
+        if not attentions or not all(plain) or getattr(vit, "pos_embed", None) is None:
+            raise BadInput(f"a {type(vit).__name__} of this kind cannot teach: it lacks what DINOv2 has, "
+                           f"absolute positions and blocks[i].attn.qkv with no norm behind it")
         if not all(0 <= b < len(attentions) for b in blocks):
             raise BadInput(f"a teacher of {len(attentions)} blocks lacks one of the blocks {tuple(blocks)}")
-        self.vit, self.blocks, self.grid, self.dim = vit.eval().requires_grad_(False), blocks, grid, vit.embed_dim
+        self.vit, self.blocks, self.grid = vit.eval().requires_grad_(False), blocks, grid
+        self.dim = vit.embed_dim
         self.size = grid * vit.patch_embed.patch_size[0]
         if hasattr(vit, "set_input_size"):      # timm resamples the positions itself
             vit.set_input_size(img_size=self.size)
@@ -267,11 +275,11 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        """images (B, 3, H, W) uint8 -> features (B, N, dim) and qk, a list of unscaled (q, k), (B, heads, N, head_dim)."""
+        """images (B, 3, H, W) uint8 -> features (B, N, dim), and qk as the student's."""
         x = (images - self.mean) / self.std
         if x.shape[-1] != self.size:
             x = F.interpolate(x, self.size, mode="bicubic")
-        N = self.grid ** 2      # the patch tokens come last: what stands before them are class and register tokens
+        N = self.grid ** 2      # patch tokens come last: before them stand class and register tokens
         features = self.vit.forward_features(x)
         features = features["x_norm_patchtokens"] if isinstance(features, dict) else features[:, -N:]
         qk = []
@@ -283,9 +291,9 @@ class Teacher(nn.Module):
 
 
 def load_teacher(name, grid, blocks, repo=None):
-    """The Teacher of that name: a DINOv2 of torch.hub, timm/NAME, or a file with the arguments ("config") and the
-    weights ("model") of a timm VisionTransformer. blocks count to 12; in another depth they keep their distance from
-    the last. Raises BadInput."""
+    """The Teacher of that name: a DINOv2 of torch.hub, timm/NAME, or a file with the arguments ("config") and
+    the weights ("model") of a timm VisionTransformer. blocks are those of a ViT of 12 blocks; in one of another
+    depth they keep their distance from the last. Raises BadInput."""
     mean, std, hint = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ""
     try:
         if name in DINOV2:
@@ -293,7 +301,8 @@ def load_teacher(name, grid, blocks, repo=None):
             hint = (f"; without internet, pass --teacher-repo a clone of github.com/{DINOV2_REPO} and put "
                     f"https://dl.fbaipublicfiles.com/dinov2/{weights} into {torch.hub.get_dir()}/checkpoints")
             source = (repo, "local") if repo else (f"{DINOV2_REPO}:{DINOV2_COMMIT}", "github")
-            vit = torch.hub.load(source[0], name, source=source[1], trust_repo=True, skip_validation=True, verbose=False)
+            vit = torch.hub.load(source[0], name, source=source[1], trust_repo=True, skip_validation=True,
+                                 verbose=False)
         elif name.startswith("timm/"):
             vit = timm.create_model(name[5:], pretrained=True, num_classes=0)
             mean, std = vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"]
@@ -302,7 +311,7 @@ def load_teacher(name, grid, blocks, repo=None):
             vit = VisionTransformer(**saved["config"])
             vit.load_state_dict(saved["model"])
         else:
-            raise BadInput(f"unknown teacher {name!r}: choose one of {', '.join(DINOV2)}, timm/NAME, or a file")
+            raise BadInput(f"unknown teacher {name!r}: choose {', '.join(DINOV2)}, timm/NAME, or a file")
     except (OSError, RuntimeError, ImportError, KeyError, TypeError) as e:
         raise BadInput(f"the teacher {name} could not be loaded ({brief(e)}){hint}") from e
     depth = len(getattr(vit, "blocks", []))
@@ -311,7 +320,7 @@ def load_teacher(name, grid, blocks, repo=None):
 
 # ---- 3. The losses -----------------------------------------------------------------------------------------
 
-MAX_HEADS = 12      # the student's head i learns from the teacher's head i, for the first 12; the others are free
+MAX_HEADS = 12      # student head i learns from teacher head i, for the first 12; the others are free
 
 
 def full(x):
@@ -325,7 +334,7 @@ def feature_loss(z, y):
     return -F.cosine_similarity(full(z), full(y), dim=-1).mean()
 
 
-# L_ATTA = - mean over block pairs, images, heads and rows i of sum_j A^T_ij log A^S_ij,   A = softmax(q k^T / sqrt(d))
+# L_ATTA = - mean over block pairs, images, heads, rows i of sum_j A^T_ij log A^S_ij,  A = softmax(q k^T / sqrt(d))
 def attention_loss(student_qk, teacher_qk):
     """Two lists of (q, k), (B, heads, N, head_dim) each -> a scalar; in fp32 whatever the autocast."""
     total = 0
@@ -341,8 +350,8 @@ def attention_loss(student_qk, teacher_qk):
 
 # x_t = (1 - t) x0 + t eps,    L_diff = mean (v(x_t, t) - (eps - x0))^2
 def losses(model, x0, eps, t, labels, target=None, lambda_r=1.0, lambda_a=1.0):
-    """(L_diff, L_REPA, L_ATTA), unweighted, a term of weight 0 left out. target: what the teacher says of the same
-    images; None in phase II."""
+    """(L_diff, L_REPA, L_ATTA), unweighted, a term of weight 0 left out. target: what the teacher says of the
+    same images; None in phase II."""
     s = t.view(-1, 1, 1, 1)
     x_t = (1 - s) * x0 + s * eps
     repa = atta = x0.new_zeros(())
@@ -355,7 +364,7 @@ def losses(model, x0, eps, t, labels, target=None, lambda_r=1.0, lambda_a=1.0):
     return ((full(v) - (eps - x0)) ** 2).mean(), repa, atta
 
 
-# ---- 4. Termination: the gradient-angle trigger of appendix A.2 (a fixed tau is a comparison in the training loop) 
+# ---- 4. Termination: the gradient-angle trigger of appendix A.2 --------------------------------------------
 
 TRIGGER_TIMES = (0.02, 0.1, 0.5, 0.8)
 
@@ -371,7 +380,7 @@ def gradient_cosine(model, t, batches, lambda_r, lambda_a):
         times = torch.full((len(x0),), t, device=x0.device)
         diff, repa, atta = losses(model, x0, eps, times, labels, target, lambda_r, lambda_a)
         for total, loss in zip(grads, (lambda_r * repa + lambda_a * atta, diff)):
-            g = torch.autograd.grad(share * loss, params, retain_graph=True, allow_unused=True, materialize_grads=True)
+            g = torch.autograd.grad(share * loss, params, retain_graph=True, materialize_grads=True)
             total += torch.cat([x.flatten() for x in g])
     if dist.is_initialized():
         dist.all_reduce(grads)
@@ -382,10 +391,10 @@ def gradient_cosine(model, t, batches, lambda_r, lambda_a):
 
 @torch.no_grad()
 def sample(model, noise, labels, steps=250, cfg_scale=1.0, guidance=(0.0, 1.0), mode="sde", progress=False):
-    """Takes noise (B, C, S, S) from t = 1 to t = 0, in fp64, with `steps` evaluations of the model (Heun: 2 steps - 1).
+    """Takes noise (B, C, S, S) from t = 1 to t = 0, in fp64, with `steps` evaluations (Heun: 2 steps - 1).
 
-    "sde", the paper's protocol: Euler-Maruyama with diffusion w = 2t, t from 1 to 0.04, and the mean alone from
-    there to 0. "ode" and "heun": the probability flow. Guidance acts where guidance[0] <= t <= guidance[1]."""
+    "sde", the paper's protocol: Euler-Maruyama with diffusion w = 2t, t from 1 to 0.04, and the mean alone
+    from there to 0. "ode", "heun": the probability flow. Guidance acts where guidance[0] <= t <= guidance[1]."""
     if mode not in ("sde", "ode", "heun"):
         raise BadInput(f"unknown sampler {mode!r}: choose sde, ode or heun")
     null = torch.full_like(labels, model.null_label) if cfg_scale != 1 else None
@@ -430,7 +439,8 @@ class Files:
 
     def __init__(self, folder, endings, read):
         self.folder, self.read = folder, read
-        self.names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in endings)
+        found = [p for p in folder.rglob("*") if p.suffix.lower() in endings]
+        self.names = sorted(p.relative_to(folder).as_posix() for p in found)
 
     def __getitem__(self, i):
         return self.read(self.folder / self.names[i])
@@ -448,26 +458,28 @@ class Data(Dataset):
         if (folder / "dataset.json").is_file() and (folder / "labels.npy").is_file():
             facts, labels = read_json(folder / "dataset.json"), np.load(folder / "labels.npy")
             if todo := np.sum(labels == TODO):
-                raise BadInput(f"{folder} lacks {todo:,} of its {len(labels):,} images: run its --prepare command again")
+                raise BadInput(f"{folder} lacks {todo:,} of its {len(labels):,} images: run its --prepare again")
             self.slots = np.flatnonzero(labels != SKIPPED)
             self.images = np.load(folder / "images.npy", mmap_mode="r")
             self.moments = np.load(folder / "moments.npy", mmap_mode="r") if facts["vae"] else None
         elif (folder / "vae-sd").is_dir():      # REPA's: an image file and an array file each
-            self.images = Files(folder / "images", ENDINGS, lambda p: np.asarray(Image.open(p).convert("RGB")).transpose(2, 0, 1))
+            self.images = Files(folder / "images", ENDINGS, lambda p: to_array(Image.open(p)))
             self.moments = Files(folder / "vae-sd", (".npy",), lambda p: (x := np.load(p)).reshape(x.shape[-3:]))
             n, listing = len(self.moments.names), folder / "vae-sd" / "dataset.json"
             if not n or len(self.images.names) != n or not listing.is_file():
-                raise BadInput(f"{folder} has {len(self.images.names)} files in images/ and {n} latents in vae-sd/, which "
-                               f"must be as many, and listed in vae-sd/dataset.json")
+                raise BadInput(f"{folder} has {len(self.images.names)} files in images/ and {n} latents in "
+                               f"vae-sd/: they must be as many, and listed in vae-sd/dataset.json")
             of = dict(read_json(listing)["labels"])
             if missing := set(self.moments.names) - of.keys():
-                raise BadInput(f"{listing} gives no label to {sorted(missing)[0]}")
+                raise BadInput(f"{listing} gives no label to {min(missing)}")
             self.slots, labels = np.arange(n), np.array([of[name] for name in self.moments.names])
             facts = {"vae": VAE_ENCODER, "scale": VAE_SCALE, "classes": list(range(labels.max() + 1))}
         else:
-            what = "does not exist" if not folder.exists() else "holds no dataset" if any(folder.iterdir()) else "is empty"
-            raise BadInput(f"--data-dir {folder} {what}; make one:  python haste.py --prepare IMAGES --data-dir {folder}")
-        self.labels, self.classes, self.vae, self.scale = labels[self.slots], facts["classes"], facts["vae"], facts["scale"]
+            what = "holds no dataset" if folder.is_dir() and any(folder.iterdir()) else "is empty or not there"
+            raise BadInput(f"--data-dir {folder} {what}; to make one:  python haste.py --prepare IMAGES "
+                           f"--data-dir {folder}")
+        self.labels, self.classes = labels[self.slots], facts["classes"]
+        self.vae, self.scale = facts["vae"], facts["scale"]
         if not len(self):
             raise BadInput(f"{folder} holds no image that could be read")
         self.resolution = self.images[self.slots[0]].shape[-1]
@@ -487,15 +499,15 @@ class Data(Dataset):
         return batch
 
     def x0(self, batch, xi):
-        """The clean sample: pixels in [-1, 1], or the VAE's posterior, drawn anew each time: scale (mean + std xi)."""
+        """The clean sample: pixels in [-1, 1], or scale (mean + std xi), drawn anew from the VAE's posterior."""
         if not self.vae:
             return batch["images"] / 127.5 - 1
         mean, std = batch["moments"].chunk(2, dim=1)
         return self.scale * (mean + std * xi)
 
 
-# What chance decides is a function of (seed, step, place in the global batch): a resumed run, or one on another number
-# of processes, sees the same images in the same order, with the same times, label drops and noise.
+# What chance decides is a function of (seed, step, place in the global batch): a resumed run, or one on another
+# number of processes, sees the same images in the same order, with the same times, label drops and noise.
 
 @functools.lru_cache(maxsize=2)
 def permutation(n, *key):
@@ -503,7 +515,7 @@ def permutation(n, *key):
 
 
 def requests(n, args, rows, steps, want_images):
-    """What to ask Data for at these steps: rows of the global batch, out of an endless row of permutations."""
+    """What to ask Data for at these steps: rows of the global batch, from an endless row of permutations."""
     for step in steps:
         places = range(step * args.batch_size + rows.start, step * args.batch_size + rows.stop)
         yield np.array([permutation(n, args.seed, p // n)[p % n] for p in places]), want_images
@@ -511,8 +523,14 @@ def requests(n, args, rows, steps, want_images):
 
 def draw(n, shape, device, *key):
     """For a global batch of n: t and u (n,), uniform in [0, 1), eps and xi (n, *shape), normal."""
-    g = torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+    hashed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1
+    g = torch.Generator(device).manual_seed(int(hashed))
     return *torch.rand(2, n, generator=g, device=device), *torch.randn(2, n, *shape, generator=g, device=device)
+
+
+def to_array(image):
+    """A PIL image as RGB (3, H, W)."""
+    return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
 
 
 def center_crop(image, size):
@@ -526,7 +544,7 @@ def center_crop(image, size):
 
 
 class Crops(Dataset):
-    """crops[i] reads image i and puts it, upright and in RGB, into slot i of images; gives (i, the error or None)."""
+    """crops[i] reads image i and puts it, upright, into slot i of images; gives (i, the error or None)."""
 
     def __init__(self, folder, names, size, images):
         self.folder, self.names, self.size, self.images = folder, names, size, images
@@ -537,7 +555,7 @@ class Crops(Dataset):
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I"):      # 16-bit grey, which convert() would clip to white
                     image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
-                self.images[i] = np.asarray(center_crop(image.convert("RGB"), self.size)).transpose(2, 0, 1)
+                self.images[i] = to_array(center_crop(image.convert("RGB"), self.size))
             return i, None
         except Exception as e:      # a broken file can make Pillow raise anything
             return i, brief(e)
@@ -550,17 +568,18 @@ def list_images(source):
         if (real := os.path.realpath(folder)) in seen:
             folders.clear()
         elif folder != source:
-            names += [os.path.relpath(os.path.join(folder, f), source) for f in files if f.lower().endswith(ENDINGS)]
+            inside = os.path.relpath(folder, source)
+            names += [os.path.join(inside, f) for f in files if f.lower().endswith(ENDINGS)]
         seen.add(real)
     if not names:
-        raise BadInput(f"--prepare {source}: found no {', '.join(ENDINGS)} in class folders, {source}/CLASS/IMAGE")
+        raise BadInput(f"--prepare {source}: it has no images ({', '.join(ENDINGS)}) in class folders")
     return sorted(names)
 
 
 @torch.no_grad()
 def prepare(args):
-    """--prepare: a tree of class folders becomes images.npy (n, 3, R, R) uint8, moments.npy (n, 2C, S, S) fp32, and
-    labels.npy, whose entry, written last, says that an image is done: the same command goes on where one stopped."""
+    """--prepare: a tree of class folders becomes images.npy (n, 3, R, R) uint8, moments.npy (n, 2C, S, S) fp32,
+    and labels.npy, where an entry, written last, says that an image is done: the same command goes on."""
     rank, world, device = setup(args)
     source, out, size = args.prepare, Path(args.data_dir), args.resolution or 256
     if not os.path.isdir(source):
@@ -583,7 +602,7 @@ def prepare(args):
     if rank == 0 and not (out / "dataset.json").is_file():
         out.mkdir(parents=True, exist_ok=True)
         if other := {f.name for f in out.iterdir()} - {"files.json", *(f"{name}.npy" for name in shapes)}:
-            raise BadInput(f"--data-dir {out} holds other things ({other.pop()}): give --prepare a new or an empty folder")
+            raise BadInput(f"--data-dir {out} holds other things ({min(other)}): --prepare wants a new folder")
         for name, (dtype, *shape) in shapes.items():
             array = np.lib.format.open_memmap(out / f"{name}.npy", "w+", dtype, (len(names), *shape))
             if hasattr(os, "posix_fallocate"):      # not on macOS and Windows
@@ -595,14 +614,14 @@ def prepare(args):
         write_json(out / "dataset.json", facts)
     barrier()
     if read_json(out / "dataset.json") != facts or read_json(out / "files.json") != names:
-        raise BadInput(f"{out} was prepared from other images or in another way: choose another --data-dir, or delete it")
+        raise BadInput(f"{out} was prepared from other images or with other flags: choose another --data-dir")
 
     # --- this process's share of what is left to do
     arrays = {name: np.load(out / f"{name}.npy", mmap_mode="r+") for name in shapes}
     todo = np.flatnonzero(arrays["labels"] == TODO)
     barrier()       # all have looked before any writes
-    crops = DataLoader(Crops(source, names, size, arrays["images"]), sampler=todo[rank::world].tolist(), batch_size=32,
-                       num_workers=args.num_workers, collate_fn=list)
+    crops = DataLoader(Crops(source, names, size, arrays["images"]), sampler=todo[rank::world].tolist(),
+                       batch_size=32, num_workers=args.num_workers, collate_fn=list)
     with tqdm(total=len(names), initial=len(names) - len(todo), unit=" images", disable=rank > 0) as bar:
         for results in crops:
             good = [i for i, error in results if error is None]
@@ -615,9 +634,10 @@ def prepare(args):
             bar.update(len(results) * world)
     barrier()
     if rank == 0:
-        bad = [repr(names[i]) for i in np.flatnonzero(arrays["labels"] == SKIPPED)]
-        print(f"{out}: {len(names) - len(bad):,} images of {len(classes)} classes at {size} x {size}"
-              + f"; {len(bad):,} could not be read: {', '.join(bad[:20])}{', ...' * (len(bad) > 20)}" * bool(bad))
+        bad = np.flatnonzero(arrays["labels"] == SKIPPED)
+        print(f"{out}: {len(names) - len(bad):,} images of {len(classes)} classes at {size} x {size}")
+        if len(bad):
+            print(f"{len(bad):,} could not be read: {', '.join(repr(names[i]) for i in bad)}")
 
 
 # ---- 7. Processes, files, models on disk -------------------------------------------------------------------
@@ -631,14 +651,14 @@ def setup(args):
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = args.device or next(d for d in usable if usable[d])
     if not usable[name]:
-        raise BadInput(f"--device {name}: this machine or this build of torch has none; without the flag, the best is taken")
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        raise BadInput(f"--device {name}: this machine, or this build of torch, has none; leave the flag out")
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(name, local) if name == "cuda" else torch.device(name)
     if name == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if name == "cuda" else "gloo")
-    return rank, world, device
+    return rank, int(os.environ.get("WORLD_SIZE", 1)), device
 
 
 def barrier():
@@ -682,7 +702,7 @@ def write_grid(path, images, columns):
 
 
 def load_file(path):
-    """The dictionary in a .pt file, its `args` (REPA's: a Namespace) as a dictionary, too. Raises BadInput."""
+    """The dictionary in a .pt file, its `args` (a Namespace in REPA's) made one, too. Raises BadInput."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -696,24 +716,26 @@ def build_model(name, **sizes):
     """The SiT of that name; sizes are SiT's arguments, and go before the table's."""
     size, patch = name.removeprefix("SiT-").split("/")
     depth, width, heads, attention_blocks, _, feature_block, projector_dim, _ = MODELS[size]
-    return SiT(**{"patch_size": int(patch), "hidden_size": width, "depth": depth, "num_heads": heads, "projector_dim":
-                  projector_dim, "attention_blocks": attention_blocks, "feature_block": feature_block} | sizes)
+    row = {"hidden_size": width, "depth": depth, "num_heads": heads, "attention_blocks": attention_blocks,
+           "feature_block": feature_block, "projector_dim": projector_dim}
+    return SiT(**{"patch_size": int(patch)} | row | sizes)
 
 
 def load_model(path, name):
-    """(the EMA model in eval mode, the run's args) from a checkpoint: ours, HASTE's, REPA's, or a bare state dict.
+    """(the EMA model in eval mode, the run's args) of a checkpoint: ours, HASTE's, REPA's, or a bare state dict.
 
-    Sizes are read off the weights; the number of heads is not in them, so the run's model, or else `name`, gives it."""
+    Sizes are read off the weights, except the number of heads, which the run's model, or else `name`, gives."""
     saved = load_file(path)
-    args, state = saved["args"], {k: x for k, x in saved.get("ema", saved).items() if isinstance(x, torch.Tensor)}
-    name = args.get("model", name)
+    args, state = saved["args"], saved.get("ema", saved)
+    state, name = {k: x for k, x in state.items() if isinstance(x, torch.Tensor)}, args.get("model", name)
     try:
-        (_, channels, patch, _), rows = state["x_embedder.proj.weight"].shape, len(state["y_embedder.embedding_table.weight"])
+        _, channels, patch, _ = state["x_embedder.proj.weight"].shape
+        rows = len(state["y_embedder.embedding_table.weight"])
         drops = rows != args.get("num_classes")     # then the last row is the null label's
         model = build_model(
-            name, input_size=math.isqrt(state["pos_embed"].shape[1]) * patch, in_channels=channels, num_classes=rows - drops,
-            class_dropout_prob=0.1 * drops, projector_dim=len(state["projectors.0.0.bias"]),
-            teacher_dim=len(state["projectors.0.4.bias"]))
+            name, input_size=math.isqrt(state["pos_embed"].shape[1]) * patch, in_channels=channels,
+            num_classes=rows - drops, class_dropout_prob=0.1 * drops,
+            projector_dim=len(state["projectors.0.0.bias"]), teacher_dim=len(state["projectors.0.4.bias"]))
         model.load_state_dict(state)
     except (KeyError, RuntimeError) as e:
         raise BadInput(f"{path} does not hold the weights of a {name}: name the right --model ({brief(e)})") from e
@@ -726,18 +748,19 @@ def load_vae(name, device):
         from diffusers import AutoencoderKL
         return AutoencoderKL.from_pretrained(name).to(device).eval().requires_grad_(False)
     except ImportError as e:
-        raise BadInput("the VAE needs the package diffusers:  pip install diffusers  (or learn pixels: --prepare with --vae none)") from e
+        raise BadInput("the VAE needs diffusers:  pip install diffusers  (or --prepare pixels, with --vae none)") from e
     except (OSError, ValueError) as e:
         raise BadInput(f"the VAE {name} could not be loaded; --vae takes a folder, too ({brief(e)})") from e
 
 
 def load_decoder(encoder, args, device):
-    """The VAE that decodes what `encoder` encoded (None: pixels): the paper decodes sd-vae-ft-mse with sd-vae-ft-ema."""
-    return load_vae(args.vae or (VAE_DECODER if encoder == VAE_ENCODER else encoder), device) if encoder else None
+    """The VAE that decodes what `encoder` encoded; none for pixels. The paper's two are not the same."""
+    name = args.vae or (VAE_DECODER if encoder == VAE_ENCODER else encoder)
+    return load_vae(name, device) if encoder else None
 
 
 def to_images(x0, vae=None, scale=1.0):
-    """x0 (B, C, S, S) -> uint8 (B, 3, R, R): 255 (x + 1) / 2, clamped and truncated, as in the paper's protocol."""
+    """x0 (B, C, S, S) -> uint8 (B, 3, R, R): 255 (x + 1) / 2, clamped and truncated: the paper's protocol."""
     x = x0.float()
     x = torch.cat([vae.decode(part).sample for part in (x / scale).split(16)]) if vae else x
     return (255 * (x + 1) / 2).clamp(0, 255).to(torch.uint8)
@@ -747,42 +770,46 @@ def to_images(x0, vae=None, scale=1.0):
 
 def settle(args, data, world):
     """Fills in what the model's row and the dataset decide. Raises BadInput for flags that do not fit together."""
-    size = args.model.removeprefix("SiT-").split("/")[0]
+    size, patch = args.model.removeprefix("SiT-").split("/")
     _, _, _, student, teacher, feature, _, tau = MODELS[size]
-    args.attention_blocks, args.teacher_blocks = args.attention_blocks or student, args.teacher_blocks or teacher
-    args.encoder_depth, args.num_classes = args.encoder_depth or feature, args.num_classes or len(data.classes)
+    args.attention_blocks = args.attention_blocks or student
+    args.teacher_blocks = args.teacher_blocks or teacher
+    args.encoder_depth = args.encoder_depth or feature
+    args.num_classes = args.num_classes or len(data.classes)
+    args.grid = data.shape[1] // int(patch)
     if args.tau is None:
         args.tau = 300_000 if size == "XL" and data.resolution == 512 else tau
-    if args.batch_size % (world * args.gradient_accumulation_steps):
-        raise BadInput(f"--batch-size {args.batch_size}, over all processes, does not divide by {world} processes x "
-                       f"{args.gradient_accumulation_steps} accumulation steps")
-    if len(data) < args.batch_size:
-        raise BadInput(f"{args.data_dir} has {len(data)} images, fewer than --batch-size {args.batch_size}")
-    if args.resolution not in (None, data.resolution):
-        raise BadInput(f"{args.data_dir} holds images of {data.resolution} x {data.resolution}, not --resolution {args.resolution}")
-    if args.num_classes <= data.labels.max():
-        raise BadInput(f"{args.data_dir} has the label {data.labels.max()}, too large for --num-classes {args.num_classes}")
-    if len(args.attention_blocks) != len(args.teacher_blocks):
-        raise BadInput(f"{len(args.attention_blocks)} --attention-blocks cannot be paired with {len(args.teacher_blocks)} --teacher-blocks")
-    if data.shape[1] % int(args.model.split("/")[1]):
-        raise BadInput(f"{args.model} cannot cut {data.shape[1]} x {data.shape[2]} into its patches: choose another model or resolution")
-    return data.resolution
+    parts, side = world * args.gradient_accumulation_steps, data.resolution
+    for wrong, message in (
+        (args.batch_size % parts, f"--batch-size {args.batch_size} does not divide by {world} processes x "
+                                  f"{args.gradient_accumulation_steps} accumulation steps"),
+        (len(data) < args.batch_size, f"{args.data_dir} has {len(data)} images, fewer than --batch-size {args.batch_size}"),
+        (args.resolution not in (None, side), f"{args.data_dir} has images of {side} x {side}, not of --resolution {args.resolution}"),
+        (data.shape[1] % int(patch), f"{args.model} cannot cut {data.shape[1]} x {data.shape[2]} into its patches"),
+        (data.labels.max() >= args.num_classes, f"{args.data_dir} has the label {data.labels.max()}, but --num-classes is {args.num_classes}"),
+        (len(args.attention_blocks) != len(args.teacher_blocks), "--attention-blocks and --teacher-blocks must be as many"),
+        (not args.lambda_r and not args.lambda_a and args.tau, "with both weights 0 there is nothing to align: say --tau 0"),
+    ):
+        if wrong:
+            raise BadInput(message)
+    args.resolution = side
 
 
 def wrap(model, projector):
-    """DDP around the model, the projector frozen where it is not trained, so that DDP need search no unused parameter."""
+    """DDP around the model; a projector that is not trained is frozen, so that no unused parameter is searched."""
     model.projectors.requires_grad_(projector)
     gc.collect()        # with an earlier wrapper go its gradient hooks
     return DDP(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
 
 
 class Log:
-    """Lines of metrics.jsonl, and of TensorBoard and W&B where asked for. Raises BadInput where those are missing."""
+    """Lines of metrics.jsonl, and of TensorBoard and W&B where asked for. Raises BadInput if those are missing."""
 
     def __init__(self, run, args, step):
         self.path, self.others = run / "metrics.jsonl", []
         if self.path.is_file():         # a killed run may have logged beyond its last checkpoint
-            lines = [line for line in self.path.read_text().splitlines(True) if json.loads(line)["step"] <= step]
+            lines = self.path.read_text().splitlines(True)
+            lines = [line for line in lines if json.loads(line)["step"] <= step]
             write_file(self.path, lambda f: f.write("".join(lines).encode()))
         try:
             if args.tensorboard:
@@ -791,10 +818,10 @@ class Log:
                 self.others.append(lambda line: [board.add_scalar(k, x, line["step"]) for k, x in line.items()])
             if args.wandb:
                 import wandb
-                wandb.init(project=args.wandb, name=args.exp_name, id=args.exp_name, resume="allow", config=vars(args))
+                wandb.init(project=args.wandb, id=args.exp_name, resume="allow", config=vars(args))
                 self.others.append(lambda line: wandb.log(line, step=line["step"]))
         except ImportError as e:
-            raise BadInput(f"--tensorboard and --wandb need their packages:  pip install tensorboard wandb  ({brief(e)})") from e
+            raise BadInput(f"--tensorboard and --wandb need the package of that name ({brief(e)})") from e
 
     def __call__(self, **line):
         with open(self.path, "a") as f:
@@ -804,14 +831,10 @@ class Log:
 
 
 def memory_gib(device):
-    """The most this process has held, in GiB: of the GPU's memory, else of the machine's."""
+    """The most this process has held: of the GPU's memory, else of the machine's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    try:
-        import resource
-    except ImportError:     # Windows
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "linux" else 30)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "linux" else 30) if resource else 0
 
 
 def train(args):
@@ -819,7 +842,7 @@ def train(args):
     # --- the processes, the data, the run's newest checkpoint
     rank, world, device = setup(args)
     data = Data(args.data_dir)
-    args.resolution = settle(args, data, world)
+    settle(args, data, world)
     run = Path(args.output_dir) / args.exp_name
     newest = max((run / "checkpoints").glob("[0-9]*.pt"), default=None)
     saved = load_file(newest) if newest else None
@@ -830,21 +853,23 @@ def train(args):
     local = args.batch_size // world                        # images of each step that this process sees,
     micro = local // args.gradient_accumulation_steps       # and sees at once
     rows = range(rank * local, (rank + 1) * local)          # their places in the global batch
+    weights = args.lambda_r, args.lambda_a
 
     # --- the teacher, in phase I alone; the student, its EMA, the optimizer
     teacher, teacher_dim = None, len(saved["model"]["projectors.0.4.bias"]) if saved else 768
     if step < min(tau, last):
         with first_on_node():
-            grid = data.shape[1] // int(args.model.split("/")[1])
-            teacher = load_teacher(args.teacher, grid, args.teacher_blocks if args.lambda_a else (), args.teacher_repo).to(device)
+            blocks = args.teacher_blocks if args.lambda_a else ()
+            teacher = load_teacher(args.teacher, args.grid, blocks, args.teacher_repo).to(device)
         teacher_dim = teacher.dim
     torch.manual_seed(args.seed)
     model = build_model(
-        args.model, input_size=data.shape[1], in_channels=data.shape[0], num_classes=args.num_classes, teacher_dim=teacher_dim,
-        class_dropout_prob=args.cfg_prob, attention_blocks=args.attention_blocks, feature_block=args.encoder_depth).to(device)
+        args.model, input_size=data.shape[1], in_channels=data.shape[0], num_classes=args.num_classes,
+        class_dropout_prob=args.cfg_prob, attention_blocks=args.attention_blocks, feature_block=args.encoder_depth,
+        teacher_dim=teacher_dim).to(device)
     ema, update_ema = copy.deepcopy(model).eval().requires_grad_(False), get_ema_multi_avg_fn(args.ema_decay)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0,
-                                  fused=device.type in ("cuda", "cpu"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.999),
+                                  weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
@@ -855,8 +880,8 @@ def train(args):
             optimizer.load_state_dict(saved["opt"])
             scaler.load_state_dict(saved.get("scaler", {}))
         except (KeyError, RuntimeError, ValueError) as e:
-            raise BadInput(f"{newest} belongs to another model ({saved['args'].get('model')}) than this {args.model}: choose "
-                           f"another --exp-name, or its own flags ({brief(e)})") from e
+            raise BadInput(f"{newest} belongs to another model ({saved['args'].get('model')}) than this "
+                           f"{args.model}: choose another --exp-name, or its own flags ({brief(e)})") from e
     if args.compile:
         model.compile()
 
@@ -866,10 +891,11 @@ def train(args):
     if rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         log = Log(run, args, step)
-        changed = [f"{k} {x} -> {config[k]}" for k, x in (saved["args"].items() if saved else ()) if k in RUN_DEFINING and config[k] != x]
-        print(f"{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {args.precision} on {world} x "
-              f"{device.type}; {len(data):,} images of {args.num_classes} classes; tau {args.tau}; "
-              + (f"resuming {newest}" if saved else f"starting {run}") + f"; changed: {', '.join(changed)}" * bool(changed))
+        print(f"{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {args.precision} "
+              f"on {world} x {device.type}; {len(data):,} images of {args.num_classes} classes; tau {args.tau}; "
+              f"{f'resuming {newest}' if saved else f'starting {run}'}")
+        if changed := [k for k, x in (saved["args"].items() if saved else ()) if config.get(k) != x]:
+            print(f"warning: not as when that checkpoint was made: {', '.join(changed)}")
     if pictures:
         try:
             vae = load_decoder(data.vae, args, device)
@@ -878,8 +904,8 @@ def train(args):
     del saved
 
     def save():
-        state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(), "args": config, "steps": step,
-                 "tau": None if tau == math.inf else tau, "scaler": scaler.state_dict()}
+        state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(), "args": config,
+                 "steps": step, "tau": None if tau == math.inf else tau, "scaler": scaler.state_dict()}
         write_file(run / "checkpoints" / f"{step:07d}.pt", lambda f: torch.save(state, f))
 
     sums, logged, began = torch.zeros(5, device=device), step, time.perf_counter()
@@ -892,10 +918,12 @@ def train(args):
         net = wrap(model, projector=phase_one and args.lambda_r > 0)
         bar.set_description("phase I" if phase_one else "phase II")
         steps = range(step, min(tau, last) if phase_one else last)
-        for batch in DataLoader(data, batch_size=None, sampler=requests(len(data), args, rows, steps, want_images=phase_one),
-                                num_workers=args.num_workers, pin_memory=device.type == "cuda"):
+        order = requests(len(data), args, rows, steps, want_images=phase_one)
+        for batch in DataLoader(data, batch_size=None, sampler=order, num_workers=args.num_workers,
+                                pin_memory=device.type == "cuda"):
             # --- the gradient-angle trigger
-            if phase_one and args.tau == "auto" and step >= args.tau_from and (step - args.tau_from) % args.tau_every == 0:
+            due = step >= args.tau_from and (step - args.tau_from) % args.tau_every == 0
+            if phase_one and args.tau == "auto" and due:
                 cosines = measure_angles(model, teacher, data, args, step, rank, world, device)
                 mean = sum(cosines) / len(cosines)
                 if log:
@@ -907,7 +935,8 @@ def train(args):
 
             # --- the batch
             batch = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
-            t, u, eps, xi = (x[rows.start:rows.stop] for x in draw(args.batch_size, data.shape, device, args.seed, step))
+            drawn = draw(args.batch_size, data.shape, device, args.seed, step)
+            t, u, eps, xi = (x[rows.start:rows.stop] for x in drawn)
             x0, labels = data.x0(batch, xi), model.y_embedder.drop(batch["labels"], u)
 
             # --- teacher, while step < tau; forward; backward
@@ -916,8 +945,8 @@ def train(args):
                 with contextlib.nullcontext() if final or net is model else net.no_sync():
                     with torch.autocast(device.type, half, enabled=half is not None):
                         target = teacher(batch["images"][part]) if phase_one else None
-                        terms = losses(net, x0[part], eps[part], t[part], labels[part], target, args.lambda_r, args.lambda_a)
-                    loss = terms[0] + args.lambda_r * terms[1] + args.lambda_a * terms[2]
+                        terms = losses(net, x0[part], eps[part], t[part], labels[part], target, *weights)
+                    loss = terms[0] + weights[0] * terms[1] + weights[1] * terms[2]
                     scaler.scale(loss * (micro / local)).backward()
                 sums[:4] += torch.stack([loss, *terms]).detach() * (micro / local)
 
@@ -945,17 +974,14 @@ def train(args):
             if rank == 0 and (step % args.checkpointing_steps == 0 or step in (tau, last)):
                 save()
             if pictures and (step % args.sampling_steps == 0 or step == last):
-                write_grid(run / "samples" / f"{step:07d}.png", sample_grid(ema, vae, data.scale, args, device), columns=8)
+                images = sample_grid(ema, vae, data.scale, args, device)
+                write_grid(run / "samples" / f"{step:07d}.png", images, columns=8)
     bar.close()
     barrier()
 
 
-RUN_DEFINING = ("batch_size", "learning_rate", "seed", "tau", "lambda_r", "lambda_a", "cfg_prob", "ema_decay", "precision",
-                "max_grad_norm", "attention_blocks", "teacher_blocks", "encoder_depth", "teacher", "data_dir")
-
-
 def measure_angles(model, teacher, data, args, step, rank, world, device):
-    """The trigger's measurement: gradient_cosine at each of TRIGGER_TIMES, on args.tau_images training images, in fp32."""
+    """gradient_cosine at each of TRIGGER_TIMES, on args.tau_images training images, in fp32."""
     chosen = permutation(len(data), args.seed, step, 1)[:args.tau_images]
     chunk = args.batch_size // args.gradient_accumulation_steps
 
@@ -965,8 +991,8 @@ def measure_angles(model, teacher, data, args, step, rank, world, device):
             if mine:
                 batch = {name: x.to(device) for name, x in data[chosen[start:][mine], True].items()}
                 _, u, eps, xi = (x[mine] for x in draw(chunk, data.shape, device, args.seed, step, start + 1))
-                yield (len(mine) / len(chosen), data.x0(batch, xi), eps, model.y_embedder.drop(batch["labels"], u),
-                       teacher(batch["images"]))
+                labels = model.y_embedder.drop(batch["labels"], u)
+                yield len(mine) / len(chosen), data.x0(batch, xi), eps, labels, teacher(batch["images"])
 
     return [gradient_cosine(model, t, batches(), args.lambda_r, args.lambda_a) for t in TRIGGER_TIMES]
 
@@ -979,10 +1005,11 @@ def seeded_noise(model, n, seed, device):
 
 
 def sample_grid(ema, vae, scale, args, device, n=32):
-    """The images (n, 3, R, R) of training's grids: labels over the whole range, ODE of 50 steps, the same noise each time."""
+    """Training's grid (n, 3, R, R): labels over the whole range, an ODE of 50 steps, the same noise each time."""
     labels = torch.linspace(0, args.num_classes - 1, n, device=device).round().long()
     cfg_scale = args.cfg_scale if args.cfg_prob else 1.0
-    return to_images(sample(ema, seeded_noise(ema, n, args.seed, device), labels, 50, cfg_scale, mode="ode"), vae, scale)
+    noise = seeded_noise(ema, n, args.seed, device)
+    return to_images(sample(ema, noise, labels, steps=50, cfg_scale=cfg_scale, mode="ode"), vae, scale)
 
 
 def sample_from(args):
@@ -990,33 +1017,35 @@ def sample_from(args):
     _, _, device = setup(args)
     model, made = load_model(args.sample, args.model)
     if bad := [y for y in args.labels if not 0 <= y < model.y_embedder.num_classes]:
-        raise BadInput(f"--labels {bad[0]}: {args.sample} knows the classes 0 to {model.y_embedder.num_classes - 1}")
+        raise BadInput(f"--labels {bad[0]}: {args.sample} knows classes 0 to {model.y_embedder.num_classes - 1}")
     vae = load_decoder(made.get("vae", VAE_ENCODER), args, device)
-    noise, labels = seeded_noise(model.to(device), len(args.labels), args.seed, device), torch.tensor(args.labels, device=device)
+    noise = seeded_noise(model.to(device), len(args.labels), args.seed, device)
+    labels, guidance = torch.tensor(args.labels, device=device), (args.guidance_low, args.guidance_high)
     torch.manual_seed(args.seed)        # the SDE draws from torch's own stream
-    x = sample(model, noise, labels, args.num_steps, args.cfg_scale, (args.guidance_low, args.guidance_high), args.mode, progress=True)
+    x = sample(model, noise, labels, args.num_steps, args.cfg_scale, guidance, args.mode, progress=True)
     write_grid(Path(args.out), to_images(x, vae, made.get("scale", VAE_SCALE)), columns=min(8, len(labels)))
-    print(f"{args.out}: {len(labels)} samples of {args.sample}, {args.mode} {args.num_steps}, guidance {args.cfg_scale}")
+    print(f"{args.out}: {len(labels)} samples of {args.sample}, {args.mode} {args.num_steps}, "
+          f"guidance {args.cfg_scale}")
 
 
-# ---- 10. The demo: letters that Pillow draws, a teacher that learns their masks, and the commands above ----
+# ---- 10. The demo: letters that Pillow draws, a teacher trained on them, and the commands above -------------
 
 LETTERS, GLYPH, PATCH = "ABCEHKRSTX", 24, 4
 
 
 def render_glyphs(n, seed):
-    """n letters of random colours, size, place and angle: images (n, 3, 24, 24) uint8, labels (n,), masks (n, 24, 24)."""
+    """n letters, bright on dark, of random colours, sizes, places and angles: images (n, 3, 24, 24) uint8,
+    labels (n,), masks (n, 24, 24) in [0, 1]."""
     rng, images, masks = np.random.default_rng(seed), [], []
     labels = rng.integers(len(LETTERS), size=n)
     for label in labels:
         layer = Image.new("L", (2 * GLYPH, 2 * GLYPH))      # drawn at twice the size, for smooth edges
-        ImageDraw.Draw(layer).text(tuple(GLYPH + rng.uniform(-5, 5, 2)), LETTERS[label], 255,
-                                   ImageFont.load_default(int(rng.integers(30, 43))), anchor="mm")
-        layer = layer.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC).resize((GLYPH, GLYPH), Image.Resampling.BOX)
-        masks.append(np.asarray(layer, np.float32) / 255)
-        dark, bright = np.sort(rng.uniform(0, 255, (2, 3, 1, 1)), axis=0) * [[[[0.6]]], [[[1.0]]]] + [[[[0]]], [[[40]]]]
-        ink, paper = (dark, bright) if rng.random() < 0.5 else (bright, dark)
-        images.append((masks[-1] * ink + (1 - masks[-1]) * paper).clip(0, 255).astype(np.uint8))
+        font, place = ImageFont.load_default(int(rng.integers(38, 47))), GLYPH + rng.uniform(-3, 3, 2)
+        ImageDraw.Draw(layer).text(tuple(place), LETTERS[label], 255, font, anchor="mm", stroke_width=2)
+        layer = layer.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC)
+        masks.append(np.asarray(layer.resize((GLYPH, GLYPH), Image.Resampling.BOX), np.float32) / 255)
+        ink, paper = rng.uniform(140, 255, (3, 1, 1)), rng.uniform(0, 90, (3, 1, 1))
+        images.append((masks[-1] * ink + (1 - masks[-1]) * paper).astype(np.uint8))
     return torch.from_numpy(np.stack(images)), torch.from_numpy(labels), torch.from_numpy(np.stack(masks))
 
 
@@ -1036,33 +1065,34 @@ def fit(net, loss_of, inputs, steps, title):
     return net.eval().requires_grad_(False)
 
 
-def fit_teacher(path, images, masks):
-    """A ViT of 4 blocks learns which pixels are ink; which letter it is looking at, it is never told."""
+def fit_teacher(path, images, labels, masks):
+    """A ViT of 4 blocks learns to say of each pixel to which letter, or to none, it belongs."""
     torch.manual_seed(0)
     config = dict(img_size=GLYPH, patch_size=PATCH, embed_dim=96, depth=4, num_heads=4, num_classes=0)
-    vit, head, side = VisionTransformer(**config), nn.Linear(96, PATCH ** 2), GLYPH // PATCH
+    vit, head, side = VisionTransformer(**config), nn.Linear(96, PATCH ** 2 * (1 + len(LETTERS))), GLYPH // PATCH
     normal = Teacher(copy.deepcopy(vit), (), side)
 
-    def mask_loss(x, mask):
+    def pixel_loss(x, y, mask):
         tokens = vit.forward_features((x - normal.mean) / normal.std)[:, 1:]
         mask = mask.reshape(-1, side, PATCH, side, PATCH).transpose(2, 3).reshape(len(x), side ** 2, PATCH ** 2)
-        return F.binary_cross_entropy_with_logits(head(tokens), mask)
+        return F.cross_entropy(head(tokens).reshape(-1, 1 + len(LETTERS)), ((mask > 0.5) * (1 + y[:, None, None])).flatten())
 
-    fit(nn.ModuleList([vit, head]), mask_loss, (images, masks), 400, "the demo's teacher")
+    fit(nn.ModuleList([vit, head]), pixel_loss, (images, labels, masks), 400, "the demo's teacher")
     write_file(path, lambda f: torch.save({"config": config, "model": vit.state_dict()}, f))
 
 
 def fit_judge(images, labels):
-    """A convolutional classifier of the letters, which neither teacher nor student ever meets."""
+    """A convolutional classifier that neither teacher nor student ever meets; gives its accuracy on (x, y)."""
     torch.manual_seed(1)
-    net = nn.Sequential(*(layer for c, d in ((3, 32), (32, 64), (64, 64)) for layer in (
-        nn.Conv2d(c, d, 3, padding=1), nn.BatchNorm2d(d), nn.ReLU(), nn.MaxPool2d(2))), nn.Flatten(), nn.Linear(576, len(LETTERS)))
+    layers = [layer for c, d in ((3, 32), (32, 64), (64, 64)) for layer in (
+        nn.Conv2d(c, d, 3, padding=1), nn.BatchNorm2d(d), nn.ReLU(), nn.MaxPool2d(2))]
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(576, len(LETTERS)))
     fit(net, lambda x, y: F.cross_entropy(net(x / 127.5 - 1), y), (images, labels), 300, "the demo's judge")
     return lambda x, y: (net(x / 127.5 - 1).argmax(1) == y).float().mean().item()
 
 
 def demo(args, given):
-    """--demo: draws letters, fits a teacher, then runs ordinary commands; flags given beside it go to the training."""
+    """--demo: draws letters, fits a teacher, then runs ordinary commands; other flags given go to the training."""
     home = Path(args.output_dir) / "demo"
     images, labels, masks = render_glyphs(4000, seed=0)
     for i, (image, label) in enumerate(zip(images, labels)):
@@ -1070,29 +1100,33 @@ def demo(args, given):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     if not (home / "teacher.pt").is_file():
-        fit_teacher(home / "teacher.pt", images, masks)
+        fit_teacher(home / "teacher.pt", images, labels, masks)
 
     def command(line, *more):
         print("\n$ python haste.py", line, *more)
         return parse([*line.split(), *more])
 
     prepare(command(f"--prepare {home}/glyphs --data-dir {home}/data --resolution {GLYPH} --vae none"))
-    args = command(f"--model SiT-XS/{PATCH} --data-dir {home}/data --teacher {home}/teacher.pt --output-dir {args.output_dir} "
-                   f"--exp-name demo --batch-size 64 --learning-rate 2e-3 --ema-decay 0.995 --max-train-steps 900 "
-                   f"--checkpointing-steps 450 --sampling-steps 450 --cfg-scale 2 --log-every 50 --num-workers 0", *given)
+    args = command(f"--model SiT-XS/{PATCH} --data-dir {home}/data --teacher {home}/teacher.pt "
+                   f"--output-dir {args.output_dir} --exp-name demo --batch-size 64 --learning-rate 2e-3 "
+                   f"--ema-decay 0.99 --tau 400 --max-train-steps 800 --checkpointing-steps 400 --log-every 50 "
+                   f"--sampling-steps 400 --cfg-scale 2 --num-workers 0", *given)
     train(args)
-    newest = max((home / "checkpoints").glob("[0-9]*.pt"))
-    sample_from(command(f"--sample {newest} --labels {' '.join(str(i % 10) for i in range(20))} --num-steps 50 --cfg-scale 2 "
-                        f"--out {home}/letters.png"))
+    saved = sorted((home / "checkpoints").glob("[0-9]*.pt"))
+    sample_from(command(f"--sample {saved[-1]} --labels {' '.join(str(i % 10) for i in range(40))} "
+                        f"--num-steps 50 --cfg-scale 2 --out {home}/letters.png"))
 
+    # --- real letters, and samples of each checkpoint, as the judge reads them
     right = fit_judge(*render_glyphs(4000, seed=1)[:2])
     real, of, _ = render_glyphs(500, seed=2)
-    rows = [(f"real: the judge reads {right(real, of):.0%} right", real[[torch.nonzero(of == i % 10)[i // 10, 0] for i in range(20)]])]
-    for path in sorted((home / "checkpoints").glob("[0-9]*.pt")):
+    two_each = torch.stack([torch.nonzero(of == c)[:2, 0] for c in range(len(LETTERS))]).T.flatten()
+    rows = [(f"real letters: the judge reads {right(real, of):.0%} right", real[two_each])]
+    for path in saved:
         model, wanted = load_model(path, args.model)[0], torch.arange(200) % len(LETTERS)
         torch.manual_seed(0)
         drawn = to_images(sample(model, seeded_noise(model, 200, 0, "cpu"), wanted, steps=50, cfg_scale=2.0))
-        rows.append((f"step {int(path.stem)}: the judge reads {right(drawn, wanted):.0%} right", drawn[:20]))
+        phase = "I" if int(path.stem) <= args.tau else "II"
+        rows.append((f"step {int(path.stem)}, phase {phase}: the judge reads {right(drawn, wanted):.0%} right", drawn[:20]))
     picture = Image.new("RGB", (1052, 84 * len(rows) + 8), "white")
     for i, (caption, row) in enumerate(rows):
         print(caption)
@@ -1119,7 +1153,8 @@ def number(kind, low, high=math.inf):
             x = math.nan
         if not (low <= x <= high and math.isfinite(x)):
             bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'} {bounds}")
+            name = "an integer" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bounds}")
         return x
     return value
 
@@ -1134,20 +1169,21 @@ def tau_value(text):
 
 def parse(argv):
     """The flags, in the dialect of SiT, REPA and HASTE. Raises BadInput."""
-    parser = Parser(prog="haste.py", description="HASTE (arXiv 2505.16792). The same command starts a run and resumes it.",
+    parser = Parser(prog="haste.py", description="HASTE, arXiv 2505.16792: the same command starts and resumes a run",
                     allow_abbrev=False)
     count, weight, share = number(int, 1), number(float, 0), number(float, 0, 1)
 
     group = parser.add_argument_group("what to do, if not to train").add_mutually_exclusive_group()
     flag = group.add_argument
-    flag("--demo", action="store_true", help="all of it on letters, offline, in minutes; other flags go to its training")
+    flag("--demo", action="store_true", help="all of it, on letters, offline; other flags go to its training")
     flag("--prepare", metavar="SRC", help="turn a tree of class folders into a dataset at --data-dir")
     flag("--sample", metavar="CKPT", help="draw --labels from a checkpoint's EMA")
 
     flag = parser.add_argument_group("data").add_argument
-    flag("--data-dir", default="data/imagenet256", help="what --prepare or REPA's preprocessing wrote [%(default)s]")
+    flag("--data-dir", default="data/imagenet256", help="what --prepare, or REPA, wrote [%(default)s]")
     flag("--resolution", type=count, help="of the images [--prepare: 256; training: the dataset's own]")
-    flag("--vae", metavar="NAME_OR_PATH", help=f"diffusers' AutoencoderKL, or `none` for pixels [{VAE_ENCODER}; to draw: {VAE_DECODER}]")
+    flag("--vae", metavar="NAME_OR_PATH",
+         help=f"AutoencoderKL of diffusers, or `none` for pixels [{VAE_ENCODER}; to draw, {VAE_DECODER}]")
     flag("--num-classes", type=count, help="[the dataset's own]")
     flag("--num-workers", type=number(int, 0), default=4, help="loader processes for each GPU [%(default)s]")
 
@@ -1155,24 +1191,24 @@ def parse(argv):
     flag("--model", metavar="NAME", default="SiT-XL/2", help="SiT-{XS,S,B,L,XL}/{2,4,8} [%(default)s]")
     flag("--teacher", "--enc-type", metavar="NAME", default="dinov2_vitb14",
          help="dinov2_vit{s,b,l,g}14[_reg], timm/NAME, or a file [%(default)s]")
-    flag("--teacher-repo", metavar="DIR", help="a local clone of facebookresearch/dinov2, for machines without internet")
+    flag("--teacher-repo", metavar="DIR", help="a clone of facebookresearch/dinov2, for want of internet")
     flag("--tau", "--early-stop-point", type=tau_value, metavar="N|never|auto",
-         help="the step at which alignment stops; 0 is plain SiT, auto the gradient-angle trigger [the paper's for the model]")
+         help="when alignment stops; 0 is plain SiT, auto the gradient-angle trigger [the paper's for the model]")
     flag("--tau-from", type=number(int, 0), default=50_000, help="auto: the first measurement [%(default)s]")
     flag("--tau-every", type=count, default=10_000, help="auto: steps between measurements [%(default)s]")
-    flag("--tau-images", type=count, default=2048, help="auto: training images in a measurement [%(default)s]")
-    flag("--tau-cosine", type=number(float, -1, 1), default=-0.05, help="auto: stop at the first mean cosine below [%(default)s]")
-    flag("--lambda-r", "--proj-coeff", type=weight, default=0.5, help="weight of the feature loss L_REPA [%(default)s]")
-    flag("--lambda-a", "--attn-coeff", type=weight, default=0.5, help="weight of the attention loss L_ATTA; 0 is REPA [%(default)s]")
-    flag("--attention-blocks", type=number(int, 0), nargs="+", help="the student's, counted from 0 [the paper's for the model]")
-    flag("--teacher-blocks", type=number(int, 0), nargs="+", help="paired with those, counted from 0 in a teacher of 12 [the paper's]")
-    flag("--encoder-depth", type=count, help="the block whose tokens are aligned, counted from 1 [the paper's]")
+    flag("--tau-images", type=count, default=2048, help="auto: images in a measurement [%(default)s]")
+    flag("--tau-cosine", type=number(float, -1, 1), default=-0.05, help="auto: stop below this cosine [%(default)s]")
+    flag("--lambda-r", "--proj-coeff", type=weight, default=0.5, help="weight of L_REPA [%(default)s]")
+    flag("--lambda-a", "--attn-coeff", type=weight, default=0.5, help="weight of L_ATTA; 0 is REPA [%(default)s]")
+    flag("--attention-blocks", type=number(int, 0), nargs="+", help="the student's, from 0 [the paper's]")
+    flag("--teacher-blocks", type=number(int, 0), nargs="+", help="their partners, from 0 of 12 [the paper's]")
+    flag("--encoder-depth", type=count, help="the block whose tokens are aligned, from 1 [the paper's]")
 
     flag = parser.add_argument_group("training").add_argument
     flag("--output-dir", default="runs", help="[%(default)s]")
     flag("--exp-name", help="the run's folder in it [the model's name]")
     flag("--batch-size", type=count, default=256, help="the global batch, over all processes [%(default)s]")
-    flag("--gradient-accumulation-steps", type=count, default=1, help="parts in which a process takes its share of it [%(default)s]")
+    flag("--gradient-accumulation-steps", type=count, default=1, help="parts of a process's share [%(default)s]")
     flag("--max-train-steps", type=count, default=400_000, help="[%(default)s]")
     flag("--learning-rate", type=weight, default=1e-4, help="of AdamW, constant [%(default)s]")
     flag("--max-grad-norm", type=weight, default=1.0, help="[%(default)s]")
@@ -1184,7 +1220,7 @@ def parse(argv):
     flag("--seed", type=number(int, 0), default=0, help="[%(default)s]")
     flag("--log-every", type=count, default=100, help="steps between lines of metrics.jsonl [%(default)s]")
     flag("--checkpointing-steps", type=count, default=50_000, help="steps between checkpoints [%(default)s]")
-    flag("--sampling-steps", type=number(int, 0), default=10_000, help="steps between grids of EMA samples, 0 for none [%(default)s]")
+    flag("--sampling-steps", type=number(int, 0), default=10_000, help="steps between grids; 0: none [%(default)s]")
     flag("--tensorboard", action="store_true", help="log there, too")
     flag("--wandb", metavar="PROJECT", help="log there, too")
 
@@ -1192,7 +1228,7 @@ def parse(argv):
     flag("--labels", type=int, nargs="+", default=[207, 360, 387, 974, 88, 979, 417, 279], help="[%(default)s]")
     flag("--mode", choices=("sde", "ode", "heun"), default="sde", help="[%(default)s]")
     flag("--num-steps", type=number(int, 2), default=250, help="[%(default)s]")
-    flag("--cfg-scale", type=weight, default=4.0, help="guidance, here and in the grids of training; 1 is none [%(default)s]")
+    flag("--cfg-scale", type=weight, default=4.0, help="guidance, in training's grids, too; 1 is none [%(default)s]")
     flag("--guidance-low", type=share, default=0.0, help="guide where t is in [low, high] [%(default)s]")
     flag("--guidance-high", type=share, default=1.0, help="[%(default)s]")
     flag("--out", default="samples.png", help="[%(default)s]")

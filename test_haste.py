@@ -1,0 +1,804 @@
+# SPDX-License-Identifier: MIT
+"""What haste.py promises, in the order of the file. Run: python -m pytest -q"""
+import argparse
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+
+import haste
+
+HASTE = str(Path(haste.__file__).resolve())
+
+
+# ---- Helpers: a tiny world -----------------------------------------------------------------------------------
+
+def tiny_sit(**sizes):
+    torch.manual_seed(0)
+    return haste.SiT(**{"input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 4, "num_heads": 4,
+                        "num_classes": 5, "attention_blocks": (1, 2), "feature_block": 3, "teacher_dim": 24,
+                        "projector_dim": 16} | sizes)
+
+
+def awake(model):
+    """The model with random weights where it starts at zero."""
+    for p in model.parameters():
+        if p.requires_grad and not p.any():
+            nn.init.normal_(p, std=0.1)
+    return model
+
+
+def tiny_vit(**config):
+    torch.manual_seed(0)
+    return VisionTransformer(**{"img_size": 8, "patch_size": 2, "embed_dim": 24, "depth": 12, "num_heads": 2,
+                                "num_classes": 0} | config)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with 40 coloured squares in 4 classes, prepared as pixels at 8 x 8, and a teacher file of 12 blocks."""
+    home, rng = tmp_path_factory.mktemp("world"), np.random.default_rng(0)
+    for i in range(40):
+        folder = home / "images" / f"class{i % 4}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8)).save(folder / f"{i:02d}.png")
+    haste.main(["--prepare", f"{home}/images", "--data-dir", f"{home}/data", "--resolution", "8", "--vae", "none",
+                "--num-workers", "0"])
+    config = dict(img_size=8, patch_size=2, embed_dim=24, depth=12, num_heads=2, num_classes=0)
+    torch.save({"config": config, "model": tiny_vit().state_dict()}, home / "teacher.pt")
+    return home
+
+
+def flags(world, out, **more):
+    """A run of 6 steps, 3 in each phase, in words of the command line."""
+    given = {"model": "SiT-XS/2", "data-dir": world / "data", "teacher": world / "teacher.pt", "output-dir": out,
+             "exp-name": "run", "batch-size": 8, "max-train-steps": 6, "tau": 3, "checkpointing-steps": 2, "log-every": 1,
+             "sampling-steps": 0, "num-workers": 0, "learning-rate": 1e-3} | {k.replace("_", "-"): v for k, v in more.items()}
+    return [word for k, v in given.items() for word in ([f"--{k}"] if v is True else [f"--{k}", *map(str, v if isinstance(v, list) else [v])])]
+
+
+def metrics(out, run="run"):
+    return [json.loads(line) for line in (Path(out) / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoint(out, step, run="run"):
+    return haste.load_file(Path(out) / run / "checkpoints" / f"{step:07d}.pt")
+
+
+def same(a, b):
+    """Whether two nests of dictionaries, lists and tensors agree to the last bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def complaint(capsys, argv):
+    """The one sentence that a mistake gets on stderr, with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        haste.main([str(a) for a in argv])
+    err = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and err.startswith("haste.py: ") and "\n" not in err and "Traceback" not in err, err
+    return err
+
+
+# ---- 1. The student ------------------------------------------------------------------------------------------
+
+def test_the_released_codes_figures_for_the_same_weights():
+    """Forward, losses, gradients and samplers give what the authors' code gives (executed on numpy's frozen streams)."""
+    def normal(seed, *shape):
+        return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+    model = haste.SiT(input_size=32, patch_size=2, in_channels=4, hidden_size=192, depth=10, num_heads=16, num_classes=10,
+                      attention_blocks=(4, 5, 6, 7), feature_block=8, teacher_dim=48, projector_dim=96)
+    state = model.state_dict()
+    for i, (name, value) in enumerate(sorted(state.items())):
+        if name != "pos_embed":
+            state[name] = normal(1000 + i, *value.shape) * (value[0].numel() ** -0.5 if value.ndim > 1 else 0.02)
+    model.load_state_dict(state)
+
+    x, eps, t, y = normal(1, 2, 4, 32, 32), normal(2, 2, 4, 32, 32), torch.tensor([0.3, 0.8]), torch.tensor([3, 7])
+    target = normal(3, 2, 256, 48), [(normal(40 + i, 2, 12, 256, 64), normal(60 + i, 2, 12, 256, 64)) for i in range(4)]
+    diff, repa, atta = haste.losses(model, x, eps, t, y, target)
+    (diff + 0.5 * repa + 0.5 * atta).backward()
+    assert [diff.item(), repa.item(), atta.item()] == pytest.approx([3.124647, -0.002397, 5.951766], rel=2e-4, abs=2e-5)
+    grads = {"blocks.4.attn.qkv.weight": 0.640134, "blocks.7.attn.qkv.weight": 0.495325, "x_embedder.proj.weight": 0.376411,
+             "projectors.0.0.weight": 0.047125, "final_layer.linear.weight": 2.75373}
+    assert {n: dict(model.named_parameters())[n].grad.norm().item() for n in grads} == pytest.approx(grads, rel=2e-4)
+
+    for mode, values, mean in (("ode", [-0.570364, 2.528501, 2.473564, 0.119391], 1.093669),
+                               ("heun", [-0.494683, 2.502542, 2.412591, 0.107579], 1.086206),
+                               ("sde", [0.613797, 1.507382, 0.466727, 0.038904], 0.921484)):
+        drawn = iter(range(501, 600))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "randn_like", lambda a: normal(next(drawn), *a.shape).to(a.dtype))
+            out = haste.sample(model, normal(9, 2, 4, 32, 32), y, steps=6, cfg_scale=1.8, guidance=(0.0, 0.7), mode=mode)
+        assert out[1, :, 20, 3].tolist() == pytest.approx(values, rel=2e-4, abs=2e-5), mode
+        assert out.abs().mean().item() == pytest.approx(mean, rel=2e-4)
+
+
+def test_parameter_counts_and_names_are_those_of_sit_and_repa():
+    with torch.device("meta"):
+        model = haste.build_model("SiT-XL/2")
+    count = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(("projectors", "pos_embed")))
+    assert count == 675_129_632 - 16 * (1152 + 1)       # SiT publishes its XL/2 with twice the output channels
+    assert [n for n, _ in model.named_children()] == ["x_embedder", "t_embedder", "y_embedder", "blocks", "projectors", "final_layer"]
+    assert [n for n, _ in model.named_parameters()][0] == "pos_embed" and not model.pos_embed.requires_grad
+
+
+def test_a_new_model_says_zero_and_each_block_is_the_identity():
+    model = tiny_sit()
+    x, t, y = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 4])
+    assert not model(x, t, y).any()
+    h = torch.randn(2, 16, 32)
+    assert torch.equal(model.blocks[0](h, torch.randn(2, 32))[0], h)
+
+
+def test_patches_go_back_where_they_came_from():
+    model = tiny_sit(in_channels=2)
+    x = torch.arange(2 * 2 * 64.).reshape(2, 2, 8, 8)
+    patches = F.unfold(x, 2, stride=2).reshape(2, 2, 4, 16).permute(0, 3, 2, 1).reshape(2, 16, 8)     # (B, N, p p C)
+    assert torch.equal(model.unpatchify(patches), x)
+
+
+@pytest.mark.parametrize("sizes", [dict(input_size=12, patch_size=4, in_channels=1, num_classes=2), dict(num_heads=2), {}])
+def test_align_shows_projected_tokens_and_the_maps_that_attention_used(sizes):
+    model = awake(tiny_sit(**sizes))
+    seen = {}
+    for b in model.attention_blocks:
+        model.blocks[b].attn.register_forward_hook(lambda m, args, out, b=b: seen.update({b: (args[0], out[0])}))
+    x, t, y = torch.randn(3, model.in_channels, model.input_size, model.input_size), torch.rand(3), torch.tensor([0, 1, 1])
+    v, z, qk = model(x, t, y, align=True)
+    assert torch.equal(v, model(x, t, y)) and v.shape == x.shape
+    N = (model.input_size // model.patch_size) ** 2
+    assert z.shape == (3, N, 24) and len(qk) == 2
+    for b, (q, k) in zip(model.attention_blocks, qk):
+        assert q.shape == k.shape == (3, model.blocks[b].attn.num_heads, N, 32 // model.blocks[b].attn.num_heads)
+        inside, out = seen[b]
+        values = model.blocks[b].attn.qkv(inside)[..., 64:].reshape(3, N, q.shape[1], -1).transpose(1, 2)
+        by_hand = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ values
+        assert torch.allclose(model.blocks[b].attn.proj(by_hand.transpose(1, 2).reshape(3, N, 32)), out, atol=1e-5)
+
+
+def test_labels_are_dropped_at_the_rate_asked_for_to_the_models_own_null_label():
+    embedder = tiny_sit(num_classes=7, class_dropout_prob=0.1).y_embedder
+    labels = torch.arange(7).repeat(4000)
+    dropped = embedder.drop(labels, torch.rand(len(labels), generator=torch.Generator().manual_seed(0)))
+    assert set(dropped[dropped != labels].tolist()) == {7} and (dropped == 7).float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert len(embedder.embedding_table.weight) == 8 and tiny_sit(num_classes=7).null_label == 7
+
+
+def test_the_model_compiles_without_a_graph_break_in_both_phases():
+    model = awake(tiny_sit())
+    x, t, y = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 4])
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(x, t, y), model(x, t, y)) and torch.allclose(compiled(x, t, y, align=True)[1], model(x, t, y, align=True)[1])
+
+
+# ---- 2. The teacher ------------------------------------------------------------------------------------------
+
+HUB = """
+import torch
+from timm.models.vision_transformer import VisionTransformer
+dependencies = ["torch"]
+
+class Dino(VisionTransformer):          # speaks as the hub's DINOv2 does
+    set_input_size = property()         # which has no such method
+    def forward_features(self, x):
+        B = len(x)
+        x = torch.cat([self.cls_token.expand(B, -1, -1), self.patch_embed(x)], 1) + self.pos_embed
+        x = torch.cat([x[:, :1], self.registers.expand(B, -1, -1), x[:, 1:]], 1)
+        for block in self.blocks:
+            x = block(x)
+        return {"x_norm_patchtokens": self.norm(x)[:, 1 + self.registers.shape[1]:]}
+
+def build(registers):
+    torch.manual_seed(0)
+    net = Dino(img_size=21, patch_size=3, embed_dim=24, depth=12, num_heads=2, num_classes=0)
+    net.registers = torch.nn.Parameter(torch.randn(1, registers, 24))
+    net.patch_embed.strict_img_size = False
+    return net
+
+def dinov2_vitb14(**kwargs): return build(0)
+def dinov2_vitb14_reg(**kwargs): return build(4)
+def dinov2_vits14(**kwargs): raise OSError("no route to the weights")
+"""
+
+
+@pytest.mark.parametrize("kind", ["hub", "hub with registers", "timm", "timm without class token"])
+def test_the_hooks_show_the_maps_and_features_of_the_patches(kind, tmp_path):
+    grid, blocks = 4, (7, 9, 11)
+    if kind.startswith("hub"):
+        (tmp_path / "hubconf.py").write_text(HUB)
+        teacher = haste.load_teacher("dinov2_vitb14" + "_reg" * ("reg" in kind), grid, blocks, repo=str(tmp_path))
+    else:
+        extra = dict(class_token=False, global_pool="avg", fc_norm=False) if "without" in kind else dict(reg_tokens=3)
+        teacher = haste.Teacher(tiny_vit(img_size=14, **extra), blocks, grid)
+    images = torch.randint(0, 256, (2, 3, 20, 20), dtype=torch.uint8)
+    inputs, before = [], torch.is_grad_enabled()
+    for b in blocks:
+        teacher.vit.blocks[b].attn.register_forward_hook(lambda m, args, out: inputs.append(args[0]))
+    features, qk = teacher(images)
+    assert features.shape == (2, 16, 24) == (2, grid ** 2, teacher.dim) and len(qk) == 3 and before
+    for b, x, (q, k) in zip(blocks, inputs, qk):
+        attention, prefix = teacher.vit.blocks[b].attn, x.shape[1] - 16
+        q_all, k_all, _ = attention.qkv(x).reshape(2, -1, 3, 2, 12).permute(2, 0, 3, 1, 4)
+        logits = (q_all @ k_all.mT)[:, :, prefix:, prefix:]     # the class and register rows and columns are cut here
+        assert torch.allclose(q @ k.mT, logits, atol=1e-6) and q.shape == (2, 2, 16, 12)
+    tail = []
+    teacher.vit.norm.register_forward_hook(lambda m, args, out: tail.append(out))
+    assert torch.equal(teacher(images)[0], tail[-1][:, -16:])
+    assert not any(p.requires_grad for p in teacher.parameters()) and not teacher.vit.training and not features.requires_grad
+
+
+def test_the_teacher_sees_the_image_normalised_and_bicubic_on_the_students_grid():
+    teacher = haste.Teacher(tiny_vit(img_size=12), (), 6)
+    seen = []
+    teacher.vit.patch_embed.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    teacher(images)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    assert torch.allclose(seen[0], F.interpolate((images / 255 - mean) / std, (12, 12), mode="bicubic"), atol=1e-5)
+
+
+def test_blocks_named_for_12_keep_their_distance_from_the_last(tmp_path):
+    config = dict(img_size=8, patch_size=2, embed_dim=24, depth=4, num_heads=2, num_classes=0)
+    torch.save({"config": config, "model": tiny_vit(depth=4).state_dict()}, tmp_path / "t.pt")
+    assert haste.load_teacher(str(tmp_path / "t.pt"), 4, (8, 9, 11)).blocks == [0, 1, 3]
+
+
+# ---- 3. The losses -------------------------------------------------------------------------------------------
+
+def test_feature_loss_is_the_mean_negative_cosine():
+    z, y = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    naive = -sum(z[b, n] @ y[b, n] / z[b, n].norm() / y[b, n].norm() for b in range(2) for n in range(3)) / 6
+    assert haste.feature_loss(z, y).item() == pytest.approx(naive.item(), rel=1e-5)
+    assert haste.feature_loss(1e4 * z.half(), z).item() == pytest.approx(-1, abs=1e-3)      # its norm overflows fp16
+
+
+@pytest.mark.parametrize("student, teacher", [(6, 12), (12, 12), (16, 12), (16, 16), (4, 2)])
+def test_attention_loss_is_the_mean_cross_entropy_of_the_paired_heads(student, teacher):
+    torch.manual_seed(0)
+    pairs = [[tuple(torch.randn(2, h, 5, d) for _ in "qk") for _ in range(2)] for h, d in ((student, 6), (teacher, 4))]
+    paired, total = min(student, teacher, 12), 0.0
+    for (q, k), (q_t, k_t) in zip(*pairs):
+        for b in range(2):
+            for h in range(paired):
+                for i in range(5):
+                    a_s = torch.softmax(torch.stack([q[b, h, i] @ k[b, h, j] / math.sqrt(6) for j in range(5)]), 0)
+                    a_t = torch.softmax(torch.stack([q_t[b, h, i] @ k_t[b, h, j] / math.sqrt(4) for j in range(5)]), 0)
+                    total -= sum(a_t[j] * math.log(a_s[j]) for j in range(5)).item()
+    assert haste.attention_loss(*pairs).item() == pytest.approx(total / (2 * 2 * paired * 5), rel=1e-5)
+
+
+def test_attention_loss_of_a_uniform_student_is_log_n_and_its_floor_is_the_teachers_entropy():
+    zero, q, k = torch.zeros(1, 3, 256, 8), 2 * torch.randn(1, 3, 256, 8), torch.randn(1, 3, 256, 8)
+    assert haste.attention_loss([(zero, zero)], [(q, k)]).item() == pytest.approx(math.log(256), rel=1e-6)
+    a = (q @ k.mT / 8 ** 0.5).softmax(-1)
+    assert haste.attention_loss([(q, k)], [(q, k)]).item() == pytest.approx(-(a * a.log()).sum(-1).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_attention_loss_survives_logit_gaps_past_100(dtype):
+    q = torch.tensor([[300.0], [1.0]]).view(1, 1, 2, 1).to(dtype).requires_grad_()
+    k = torch.tensor([[1.0], [0.0]]).view(1, 1, 2, 1).to(dtype)
+    away = torch.tensor([[0.0], [300.0]]).view(1, 1, 2, 1).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = haste.attention_loss([(q, k)], [(away.flip(2), k.flip(2))])
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.isfinite() and loss > 50 and q.grad.isfinite().all()
+
+
+def test_the_diffusion_loss_by_hand_and_a_term_of_weight_0_left_out():
+    model = awake(tiny_sit())
+    x0, eps, t, y = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.tensor([0.25, 0.75]), torch.tensor([1, 2])
+    x_t = torch.stack([0.75 * x0[0] + 0.25 * eps[0], 0.25 * x0[1] + 0.75 * eps[1]])
+    diff, repa, atta = haste.losses(model, x0, eps, t, y)
+    assert diff.item() == pytest.approx((model(x_t, t, y) - eps + x0).square().mean().item(), rel=1e-6) and not repa and not atta
+    target = haste.Teacher(tiny_vit(), (1, 2), 4)(torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8))
+    both, no_r, no_a = (haste.losses(model, x0, eps, t, y, target, *w) for w in ((1, 1), (0, 1), (1, 0)))
+    assert no_r[1] == 0 == no_a[2] and no_r[2] == both[2] != 0 and no_a[1] == both[1] != 0
+
+
+# ---- 4. Termination ------------------------------------------------------------------------------------------
+
+class OneWeight(nn.Module):
+    """v = w everywhere, z = (w, 1): with y = (1, 0), alignment wants a larger w; L_diff wants w = eps - x0."""
+    feature_block = 1
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(1, 1, bias=False)])
+        nn.init.ones_(self.blocks[0].weight)
+
+    def forward(self, x, t, y, align=False):
+        w = self.blocks[0].weight.view(())
+        return w.expand_as(x), torch.stack([w, torch.ones(())]).expand(len(x), 1, 2), []
+
+
+@pytest.mark.parametrize("wish, cosine", [(2.0, 1.0), (0.0, -1.0)])
+def test_the_trigger_measures_the_angle_of_the_averaged_gradients(wish, cosine):
+    target = torch.tensor([[[1.0, 0.0]]]).expand(3, 1, 2), []
+    x0, labels = torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.long)
+    batches = [(0.5, x0, x0 + wish, labels, target), (0.5, x0, x0 + wish, labels, target)]
+    assert haste.gradient_cosine(OneWeight(), 0.5, batches, 0.5, 0) == pytest.approx(cosine)
+    # one image that pulls hard against two that pull softly: the mean of cosines would be +1/3, the mean gradient says no
+    opposed = [(2 / 3, x0, x0 + 1.1, labels, target), (1 / 3, x0, x0 - 9, labels, target)]
+    assert haste.gradient_cosine(OneWeight(), 0.5, opposed, 0.5, 0) == pytest.approx(-1)
+
+
+def test_the_trigger_stops_alignment_once_for_all_and_a_resumed_run_does_not_ask_again(world, tmp_path, monkeypatch):
+    asked = []
+    real = haste.gradient_cosine
+    monkeypatch.setattr(haste, "gradient_cosine", lambda *a: asked.append(real(*a)) or {1: 0.3, 2: -0.2}[(len(asked) + 3) // 4])
+    auto = flags(world, tmp_path, tau="auto", tau_from=2, tau_every=2, tau_images=12, max_train_steps=7, checkpointing_steps=1)
+    haste.main(auto)
+    assert len(asked) == 8 and all(-1 <= x <= 1 for x in asked)      # four times at steps 2 and 4, and no more
+    lines = metrics(tmp_path)
+    assert [(m["step"], m["cosine"]) for m in lines if "cosine" in m] == [(2, pytest.approx(0.3)), (4, pytest.approx(-0.2))]
+    assert {m["step"]: m["phase"] for m in lines if "phase" in m} == {1: 1, 2: 1, 3: 1, 4: 1, 5: 2, 6: 2, 7: 2}
+    assert checkpoint(tmp_path, 4)["tau"] is None and checkpoint(tmp_path, 5)["tau"] == 4
+    whole = checkpoint(tmp_path, 7)
+    for step in (6, 7):
+        (tmp_path / "run" / "checkpoints" / f"{step:07d}.pt").unlink()
+    haste.main(auto)
+    assert len(asked) == 8 and same(whole, checkpoint(tmp_path, 7))
+
+
+# ---- 5. The samplers -----------------------------------------------------------------------------------------
+
+class GaussianVelocity(nn.Module):
+    """The exact velocity of data from N(0, c^2): E[eps - x0 | x_t]."""
+    null_label, c = 3, 0.5
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, x, t, y):
+        self.calls.append((len(x), t[0].item(), y.tolist()))
+        s = t.view(-1, 1, 1, 1).double()
+        return ((s - (1 - s) * self.c ** 2) / ((1 - s) ** 2 * self.c ** 2 + s ** 2) * x).to(x.dtype)
+
+
+def test_the_samplers_turn_noise_into_data():
+    noise, labels = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0)), torch.zeros(4, dtype=torch.long)
+    exact = 0.5 * noise.double()        # the flow of a Gaussian is a scaling
+    ode, heun = (haste.sample(GaussianVelocity(), noise, labels, steps=100, mode=m) for m in ("ode", "heun"))
+    assert (ode - exact).abs().max() < 0.05 and (heun - exact).abs().max() < 0.003 and ode.dtype == torch.float64
+    torch.manual_seed(0)
+    sde = haste.sample(GaussianVelocity(), noise, labels)
+    assert sde.std().item() == pytest.approx(0.5, abs=0.02) and torch.corrcoef(torch.stack([sde.flatten(), noise.flatten()]))[0, 1].abs() < 0.1
+
+
+def test_steps_count_evaluations_and_guidance_doubles_only_inside_its_interval():
+    noise, labels = torch.randn(2, 1, 2, 2), torch.tensor([0, 2])
+    for mode, evaluations in (("sde", 6), ("ode", 6), ("heun", 11)):
+        model = GaussianVelocity()
+        haste.sample(model, noise, labels, steps=6, cfg_scale=2.0, guidance=(0.3, 0.7), mode=mode)
+        assert len(model.calls) == evaluations
+        for n, t, y in model.calls[::2] if mode == "heun" else model.calls:
+            assert (n, y) == ((4, [0, 2, 3, 3]) if 0.3 <= t <= 0.7 else (2, [0, 2]))
+    model = GaussianVelocity()
+    haste.sample(model, noise, labels)
+    assert [t for _, t, _ in model.calls] == pytest.approx(np.linspace(1, 0.04, 250).tolist())
+
+
+# ---- 6. Data -------------------------------------------------------------------------------------------------
+
+def test_the_stream_is_one_permutation_after_another_whatever_the_number_of_processes():
+    args = argparse.Namespace(batch_size=6, seed=3)
+    whole = np.concatenate([i for i, _ in haste.requests(10, args, range(6), range(5), True)])
+    assert [sorted(whole[e * 10:e * 10 + 10]) for e in range(3)] == [list(range(10))] * 3 and list(whole[:10]) != list(whole[10:20])
+    halves = [[i for i, _ in haste.requests(10, args, range(r * 3, r * 3 + 3), range(5), True)] for r in range(2)]
+    assert np.array_equal(whole, np.concatenate([np.concatenate(pair) for pair in zip(*halves)]))
+
+
+def test_chance_depends_on_seed_and_step_alone():
+    one, again, other = (haste.draw(4, (3, 2, 2), torch.device("cpu"), 0, step) for step in (7, 7, 8))
+    assert same(one, again) and not any(torch.equal(a, b) for a, b in zip(one, other))
+    assert [x.shape for x in one] == [(4,), (4,), (4, 3, 2, 2), (4, 3, 2, 2)] and not torch.equal(one[2], one[3])
+
+
+def picture_tree(folder):
+    """Images of every kind, with what each must become: a red left half, a blue right half."""
+    halves = np.zeros((40, 60, 3), np.uint8)
+    halves[:, :30, 0] = halves[:, 30:, 2] = 255
+    rgb, a = Image.fromarray(halves), folder / "a"
+    a.mkdir(parents=True)
+    rgb.save(a / "png.png")
+    rgb.convert("CMYK").save(a / "cmyk.jpg", quality=100)
+    rgb.quantize(4).save(a / "palette.PNG")
+    rgb.save(a / "animated.webp", save_all=True, append_images=[Image.new("RGB", (60, 40))], lossless=True)
+    exif = Image.Exif()
+    exif[274] = 6       # shown after a quarter turn clockwise
+    rgb.rotate(90, expand=True).save(a / "turned.jpeg", exif=exif, quality=100)
+    rgb.convert("RGBA").save(a / "alpha.png")
+    Image.fromarray(np.linspace(0, 65535, 60 * 40).reshape(40, 60).astype(np.uint16)).save(a / "grey16.png")
+    (folder / "b" / "deep").mkdir(parents=True)
+    Image.fromarray(np.full((10, 10), 77, np.uint8)).save(folder / "b" / "deep" / "grey.png")
+    (a / "cut.jpg").write_bytes((a / "cmyk.jpg").read_bytes()[:300])
+    (folder / "b" / "text.png").write_text("no picture")
+    (folder / "b" / "notes.txt").write_text("not looked at")
+
+
+def test_prepare_reads_every_kind_of_image_upright_and_skips_by_name_what_it_cannot(tmp_path, capsys):
+    picture_tree(tmp_path / "src")
+    haste.main(["--prepare", f"{tmp_path}/src", "--data-dir", f"{tmp_path}/out", "--resolution", "16", "--vae", "none"])
+    out = capsys.readouterr().out
+    assert "8 images of 2 classes" in out and "2 could not be read" in out and "cut.jpg" in out and "text.png" in out
+    data, names = haste.Data(tmp_path / "out"), json.loads((tmp_path / "out" / "files.json").read_text())
+    assert len(data) == 8 and data.classes == ["a", "b"] and data.shape == (3, 16, 16) and data.vae is None
+    for i, name in zip(range(8), [names[s] for s in data.slots]):
+        batch = data[np.array([i]), True]
+        image = batch["images"][0].float()
+        if "grey16" in name:
+            assert image.std(0).max() == 0 and 60 < image.mean() < 195 and image[0, 0, 0] < image[0, -1, -1]
+        elif "grey" in name:
+            assert (image == 77).all() and batch["labels"].item() == 1
+        else:
+            assert image[0, :, :6].mean() > 220 and image[2, :, :6].mean() < 40, name
+            assert image[2, :, 10:].mean() > 220 and image[0, :, 10:].mean() < 40 and batch["labels"].item() == 0, name
+
+
+def test_the_crop_is_adms():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (64, 96, 3), np.uint8)
+    small = image.reshape(32, 2, 48, 2, 3).mean((1, 3)).round().reshape(16, 2, 24, 2, 3).mean((1, 3))
+    got = np.asarray(haste.center_crop(Image.fromarray(image), 16)).astype(float)
+    assert np.abs(got - small[:, 4:20]).max() <= 1      # two halvings with BOX, and the middle of the longer side
+    once = Image.fromarray(image).resize((30, 20), Image.Resampling.BICUBIC)     # 20 < 64 / 2 < 2 x 20: one halving
+    once = Image.fromarray(image).resize((48, 32), Image.Resampling.BOX).resize((30, 20), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(haste.center_crop(Image.fromarray(image), 20)), np.asarray(once)[:, 5:25])
+
+
+class StubVAE(nn.Module):
+    """diffusers' AutoencoderKL as far as haste.py knows it: mean and std of 4 channels at an eighth of the size."""
+    config = types.SimpleNamespace(scaling_factor=0.25)
+
+    def encode(self, x):
+        small = F.avg_pool2d(x, 8)
+        mean = torch.cat([small, small[:, :1] * 0 + 0.5], 1)
+        return types.SimpleNamespace(latent_dist=types.SimpleNamespace(mean=mean, std=torch.full_like(mean, 0.1)))
+
+    def decode(self, z):
+        return types.SimpleNamespace(sample=F.interpolate(z[:, :3], scale_factor=8))
+
+    @classmethod
+    def from_pretrained(cls, name):
+        if name == "missing":
+            raise OSError("no such model")
+        return cls()
+
+
+@pytest.fixture
+def diffusers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", types.SimpleNamespace(AutoencoderKL=StubVAE))
+
+
+@pytest.fixture
+def latents(world, diffusers):
+    """The world's images at 64 x 64, with latents of 4 x 8 x 8."""
+    if not (world / "latents").is_dir():
+        haste.main(["--prepare", f"{world}/images", "--data-dir", f"{world}/latents", "--resolution", "64", "--vae", "stub",
+                    "--num-workers", "0"])
+    return world / "latents"
+
+
+def test_latents_are_the_vaes_mean_and_std_and_are_drawn_anew_each_step(latents):
+    data = haste.Data(latents)
+    batch = data[np.arange(3), True]
+    assert data.shape == (4, 8, 8) and (data.vae, data.scale, data.resolution) == ("stub", 0.25, 64)
+    mean = F.avg_pool2d(batch["images"] / 127.5 - 1, 8)
+    assert torch.allclose(batch["moments"][:, :3], mean, atol=1e-5) and (batch["moments"][:, 4:] == 0.1).all()
+    xi = torch.randn(3, 4, 8, 8)
+    assert torch.allclose(data.x0(batch, xi)[:, :3], 0.25 * (mean + 0.1 * xi[:, :3]), atol=1e-5)
+    back = haste.to_images(0.25 * batch["moments"][:, :4], StubVAE(), 0.25)
+    assert (back.float() - 127.5 * (F.interpolate(mean, scale_factor=8) + 1)).abs().max() <= 1
+
+
+def test_an_interrupted_prepare_goes_on_and_ends_as_if_never_stopped(world, tmp_path, monkeypatch):
+    argv = ["--prepare", f"{world}/images", "--data-dir", f"{tmp_path}/out", "--resolution", "8", "--vae", "none", "--num-workers", "0"]
+    real, read = haste.Crops.__getitem__, []
+
+    def fails_after_35(self, i):
+        if len(read) == 35:
+            raise KeyboardInterrupt
+        read.append(i)
+        return real(self, i)
+    monkeypatch.setattr(haste.Crops, "__getitem__", fails_after_35)
+    with pytest.raises(KeyboardInterrupt):
+        haste.main(argv)
+    with pytest.raises(haste.BadInput, match="lacks 8 of its 40 images"):       # a batch of 32 had been finished
+        haste.Data(tmp_path / "out")
+    read.clear()
+    haste.main(argv)
+    assert len(read) == 8
+    for name in ("images.npy", "labels.npy", "dataset.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (world / "data" / name).read_bytes()
+
+
+def repa_layout(folder, n=10):
+    """What REPA's preprocessing writes."""
+    rng, labels = np.random.default_rng(0), []
+    for i in range(n):
+        for kind in ("images", "vae-sd"):
+            (folder / kind / "00000").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((64, 64, 3), i, np.uint8)).save(folder / "images" / "00000" / f"img{i:08d}.png")
+        name = f"00000/img-mean-std-{i:08d}.npy"
+        np.save(folder / "vae-sd" / name, rng.random((1, 8, 8, 8), np.float32) + i)
+        labels.append([name, i % 3])
+    (folder / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels[::-1]}))
+
+
+def test_a_dataset_of_repas_preprocessing_trains_as_it_is(world, tmp_path):
+    repa_layout(tmp_path / "repa")
+    data = haste.Data(tmp_path / "repa")
+    batch = data[np.array([7, 2]), True]
+    assert (len(data), data.shape, data.resolution, len(data.classes)) == (10, (4, 8, 8), 64, 3)
+    assert (data.vae, data.scale) == ("stabilityai/sd-vae-ft-mse", 0.18215)
+    assert batch["labels"].tolist() == [1, 2] and batch["images"][:, 0, 0, 0].tolist() == [7, 2]
+    assert batch["moments"].mean((1, 2, 3)).tolist() == pytest.approx([7.5, 2.5], abs=0.1)
+    haste.main(flags(world, tmp_path, data_dir=tmp_path / "repa"))
+    assert [m["phase"] for m in metrics(tmp_path)] == [1, 1, 1, 2, 2, 2]
+
+
+# ---- 7. Files ------------------------------------------------------------------------------------------------
+
+def test_checkpoints_of_repa_and_bare_state_dicts_load_strictly(tmp_path):
+    model = awake(haste.build_model("SiT-S/8", input_size=16, num_classes=3, teacher_dim=768))
+    repas = {"ema": model.state_dict(), "model": {}, "opt": {}, "steps": 5,
+             "args": argparse.Namespace(model="SiT-S/8", resolution=128, num_classes=3)}
+    torch.save(repas, tmp_path / "repa.pt")
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    x, t, y = torch.randn(1, 4, 16, 16), torch.tensor([0.5]), torch.tensor([3])
+    for loaded, _ in (haste.load_model(tmp_path / "repa.pt", None), haste.load_model(tmp_path / "bare.pt", "SiT-S/8")):
+        assert torch.equal(loaded(x, t, y), model(x, t, y)) and loaded.null_label == 3 and not loaded.training
+
+
+def test_nothing_in_a_checkpoint_is_unpickled(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+    torch.save({"model": Bomb()}, tmp_path / "bomb.pt")
+    with pytest.raises(haste.BadInput):
+        haste.load_file(tmp_path / "bomb.pt")
+    with pytest.raises(Exception):
+        torch.load(tmp_path / "bomb.pt", weights_only=False)        # as torch.hub's own code does it
+    assert not (tmp_path / "exploded").exists()
+
+
+# ---- 8. Training ---------------------------------------------------------------------------------------------
+
+def test_a_run_through_both_phases_leaves_checkpoints_metrics_and_a_grid(world, tmp_path):
+    haste.main(flags(world, tmp_path, sampling_steps=6))
+    lines = metrics(tmp_path)
+    assert [(m["step"], m["phase"]) for m in lines] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
+    for m in lines:
+        aligned = m["phase"] == 1
+        assert (m["loss_repa"] != 0) == (m["loss_atta"] != 0) == aligned and m["images_per_sec"] > 0 and m["memory_gib"] > 0
+        assert m["loss"] == pytest.approx(m["loss_diff"] + 0.5 * m["loss_repa"] + 0.5 * m["loss_atta"], rel=1e-4)
+    saved = checkpoint(tmp_path, 6)
+    assert {"model", "ema", "opt", "args", "steps"} <= saved.keys() and saved["steps"] == 6 and saved["args"]["model"] == "SiT-XS/2"
+    assert sorted(p.stem for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["0000002", "0000003", "0000004", "0000006"]
+    assert Image.open(tmp_path / "run" / "samples" / "0000006.png").size == (8 * 9 + 1, 4 * 9 + 1)
+    projector = [k for k in saved["model"] if k.startswith("projectors")]
+    at_tau = checkpoint(tmp_path, 3)["model"]
+    assert all(torch.equal(saved["model"][k], at_tau[k]) for k in projector)
+    assert not any(torch.equal(saved["model"][k], at_tau[k]) for k in saved["model"] if k.startswith("blocks") and "qkv" in k)
+
+
+def test_after_tau_no_teacher_runs_no_image_is_read_and_no_map_is_formed(world, latents, tmp_path, monkeypatch):
+    calls, images, aligned = [], [], []
+    real_teacher, real_data, real_sit = haste.Teacher.forward, haste.Data.__getitem__, haste.SiT.forward
+
+    def teacher(self, x):
+        calls.append(len(x))
+        return real_teacher(self, x)
+
+    def data(self, request):
+        batch = real_data(self, request)
+        images.append("images" in batch)
+        return batch
+
+    def sit(self, x, t, y, align=False):
+        aligned.append(align)
+        return real_sit(self, x, t, y, align)
+    monkeypatch.setattr(haste.Teacher, "forward", teacher)
+    monkeypatch.setattr(haste.Data, "__getitem__", data)
+    monkeypatch.setattr(haste.SiT, "forward", sit)
+    haste.main(flags(world, tmp_path, data_dir=latents))
+    assert calls == [8] * 3 and images == [True] * 3 + [False] * 3 == aligned
+
+
+def test_tau_0_never_loads_a_teacher_and_lambda_a_0_is_repa(world, tmp_path):
+    haste.main(flags(world, tmp_path, tau=0, teacher="nowhere"))
+    assert {(m["phase"], m["loss_repa"], m["loss_atta"]) for m in metrics(tmp_path)} == {(2, 0, 0)}
+    haste.main(flags(world, tmp_path, tau="never", lambda_a=0, exp_name="repa"))
+    lines = metrics(tmp_path, "repa")
+    assert {m["phase"] for m in lines} == {1} and {m["loss_atta"] for m in lines} == {0} and all(m["loss_repa"] for m in lines)
+
+
+def test_the_ema_starts_at_the_initial_weights_and_follows(world, tmp_path):
+    haste.main(flags(world, tmp_path, max_train_steps=1, ema_decay=0.75, checkpointing_steps=1))
+    torch.manual_seed(0)
+    start = haste.build_model("SiT-XS/2", input_size=8, in_channels=3, num_classes=4, teacher_dim=24).state_dict()
+    saved = checkpoint(tmp_path, 1)
+    for k in start:
+        assert torch.allclose(saved["ema"][k], 0.75 * start[k] + 0.25 * saved["model"][k], atol=1e-6), k
+
+
+RESUMED = {"plain": {}, "accumulated": {"gradient_accumulation_steps": 2}, "bf16": {"precision": "bf16"}, "fp16": {"precision": "fp16"}}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_a_resumed_run_ends_bit_for_bit_as_one_never_stopped(world, tmp_path, kind, stop):
+    haste.main(flags(world, tmp_path, exp_name="whole", checkpointing_steps=1, **RESUMED[kind]))
+    haste.main(flags(world, tmp_path, checkpointing_steps=1, max_train_steps=stop, **RESUMED[kind]))
+    haste.main(flags(world, tmp_path, checkpointing_steps=1, **RESUMED[kind]))
+    whole, resumed = checkpoint(tmp_path, 6, "whole"), checkpoint(tmp_path, 6)
+    assert all(same(whole[k], resumed[k]) for k in ("model", "ema", "opt", "scaler", "steps", "tau"))
+    assert [m["loss"] for m in metrics(tmp_path, "whole")] == [m["loss"] for m in metrics(tmp_path)]
+
+
+def launch(argv, processes=0, **popen):
+    """haste.py as a user starts it, with torchrun where processes are asked for."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else [sys.executable]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*run, HASTE, *map(str, argv)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
+
+
+def test_killed_and_started_again_with_the_same_command_it_ends_the_same(world, tmp_path):
+    argv = lambda name: flags(world, tmp_path, exp_name=name, max_train_steps=40, tau=20, checkpointing_steps=5)
+    killed = launch(argv("run"))
+    while len(list((tmp_path / "run" / "checkpoints").glob("0*.pt"))) < 2:
+        assert killed.poll() is None, killed.stderr.read()
+    killed.kill()
+    killed.wait()
+    runs = [launch(argv(name)) for name in ("run", "whole")]
+    assert [r.wait() for r in runs] == [0, 0] and "resuming" in runs[0].stdout.read()
+    whole, resumed = checkpoint(tmp_path, 40, "whole"), checkpoint(tmp_path, 40)
+    assert same(whole["model"], resumed["model"]) and same(whole["ema"], resumed["ema"]) and same(whole["opt"], resumed["opt"])
+
+
+def test_two_processes_do_what_one_does_with_the_same_global_batch(world, tmp_path):
+    more = dict(tau="auto", tau_from=1, tau_every=2, tau_images=13, tau_cosine=-1, max_train_steps=4)
+    late = dict(max_train_steps=8, tau=4)
+    haste.main(flags(world, tmp_path, exp_name="one", **more))
+    haste.main(flags(world, tmp_path, exp_name="one", **late))
+    for phase in (more, late):
+        two = launch(flags(world, tmp_path, exp_name="two", gradient_accumulation_steps=2, **phase), processes=2)
+        assert two.wait() == 0, two.stderr.read()
+    one, two = metrics(tmp_path, "one"), metrics(tmp_path, "two")
+    assert len(one) == len(two) == 10
+    for a, b in zip(one, two):
+        keys = [k for k in a if k.startswith(("loss", "grad_norm", "cosine", "step", "phase"))]
+        assert [b[k] for k in keys] == pytest.approx([a[k] for k in keys], rel=1e-3, abs=1e-4)
+    a, b = checkpoint(tmp_path, 8, "one")["ema"], checkpoint(tmp_path, 8, "two")["ema"]
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
+def test_two_processes_share_the_work_of_prepare(world, tmp_path):
+    two = launch(["--prepare", world / "images", "--data-dir", tmp_path / "out", "--resolution", 8, "--vae", "none", "--num-workers", 0], 2)
+    assert two.wait() == 0, two.stderr.read()
+    assert (tmp_path / "out" / "images.npy").read_bytes() == (world / "data" / "images.npy").read_bytes()
+    assert (tmp_path / "out" / "labels.npy").read_bytes() == (world / "data" / "labels.npy").read_bytes()
+
+
+# ---- 9. Pictures ---------------------------------------------------------------------------------------------
+
+def test_sample_draws_the_labels_asked_for_from_the_ema(world, latents, tmp_path):
+    haste.main(flags(world, tmp_path, data_dir=latents, max_train_steps=2))
+    path = tmp_path / "run" / "checkpoints" / "0000002.pt"
+    draw = ["--sample", path, "--labels", 0, 3, 1, "--num-steps", 4, "--vae", "stub", "--out"]
+    haste.main([*map(str, draw), f"{tmp_path}/a.png"])
+    haste.main([*map(str, draw), f"{tmp_path}/b.png"])
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert Image.open(tmp_path / "a.png").size == (3 * 65 + 1, 66)
+    model, args = haste.load_model(path, None)
+    assert same(model.state_dict(), checkpoint(tmp_path, 2)["ema"]) and (args["vae"], args["scale"]) == ("stub", 0.25)
+
+
+# ---- 10. The demo --------------------------------------------------------------------------------------------
+
+def test_the_demo_is_a_row_of_ordinary_commands(tmp_path, monkeypatch, capsys):
+    real = haste.fit
+    monkeypatch.setattr(haste, "fit", lambda net, loss, inputs, steps, title: real(net, loss, inputs, 2, title))
+    monkeypatch.setattr(haste, "render_glyphs", lambda n, seed, real=haste.render_glyphs: real(min(n, 200), seed))
+    haste.main(["--demo", "--output-dir", str(tmp_path), "--tau", "1", "--max-train-steps", "2"])
+    commands = [line[len("$ python haste.py "):].split() for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
+    home = tmp_path / "demo"
+    assert [c[0] for c in commands] == ["--prepare", "--model", "--sample"] and (home / "demo.png").is_file()
+    assert [m["phase"] for m in metrics(tmp_path, "demo")] == [2]
+    for command in commands:        # they work by themselves, too
+        haste.main(command)
+
+
+def test_glyphs_are_letters_in_place():
+    images, labels, masks = haste.render_glyphs(50, seed=5)
+    assert images.shape == (50, 3, 24, 24) and images.dtype == torch.uint8 and masks.shape == (50, 24, 24) and set(labels.tolist()) <= set(range(10))
+    assert same(haste.render_glyphs(50, seed=5), (images, labels, masks))
+    ink = (images.float().mean(1) * (masks > 0.9)).sum((1, 2)) / (masks > 0.9).sum((1, 2))
+    paper = (images.float().mean(1) * (masks < 0.1)).sum((1, 2)) / (masks < 0.1).sum((1, 2))
+    assert (ink > paper + 20).all() and (0.05 < masks.mean((1, 2))).all() and (masks.mean((1, 2)) < 0.5).all()
+
+
+# ---- 11. Mistakes get one sentence and exit code 2 -----------------------------------------------------------
+
+@pytest.mark.parametrize("wrong, sentence", [
+    (dict(data_dir="/nowhere"), "--prepare"), (dict(model="SiT-H/2"), "unknown model 'SiT-H/2'"),
+    (dict(teacher="dinov3"), "unknown teacher 'dinov3'"), (dict(teacher="timm/no_such_vit"), "no_such_vit"),
+    (dict(model="SiT-XS/8", resolution=16), "--resolution 16"), (dict(batch_size=64), "has 40 images"),
+    (dict(tau="soon"), "'soon' is neither"), (dict(tau=-1), "neither a number"),
+    (dict(batch_size=9, gradient_accumulation_steps=2), "does not divide"), (dict(num_classes=3), "has the label 3"),
+    (dict(attention_blocks=[1, 2]), "as many"), (dict(attention_blocks=[1, 2, 6]), "lacks one of the attention blocks"),
+    (dict(teacher_blocks=[1, 2, 12]), "lacks one of the blocks"), (dict(lambda_r=0, lambda_a=0), "--tau 0"),
+    (dict(learning_rate="fast"), "--learning-rate"), (dict(batch_size=0), "at least 1"), (dict(precision="int8"), "--precision"),
+    (dict(ema_decay=1.5), "--ema-decay"), (dict(no_such_flag=1), "--no-such-flag"), (dict(learning_rate="nan"), "--learning-rate"),
+])
+def test_a_mistake_in_the_flags(world, tmp_path, capsys, wrong, sentence):
+    assert sentence in complaint(capsys, flags(world, tmp_path / "out", **wrong))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the test asks in vain for")
+def test_cuda_asked_for_and_absent(world, tmp_path, capsys):
+    assert "--device cuda" in complaint(capsys, flags(world, tmp_path / "out", device="cuda"))
+
+
+def test_mistakes_in_data_and_files(world, tmp_path, capsys, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "out"
+    assert "empty" in complaint(capsys, flags(world, out, data_dir=tmp_path / "empty"))
+    assert "no such folder" in complaint(capsys, ["--prepare", tmp_path / "nothing", "--data-dir", out])
+    assert "class folders" in complaint(capsys, ["--prepare", tmp_path / "empty", "--data-dir", out, "--vae", "none"])
+    assert "does not divide" in complaint(capsys, flags(world, out, data_dir=world / "data", model="SiT-XS/8", batch_size=7,
+                                                        gradient_accumulation_steps=2))
+    (tmp_path / "hubconf.py").write_text(HUB)
+    hub = complaint(capsys, flags(world, out, teacher="dinov2_vits14", teacher_repo=tmp_path))
+    assert "dinov2_vits14_pretrain.pth" in hub and torch.hub.get_dir() in hub and "no route" in hub
+    assert "cannot be read" in complaint(capsys, ["--sample", tmp_path / "no.pt"])
+    (tmp_path / "torn.pt").write_bytes(b"PK\3\4 torn")
+    assert "torn.pt cannot be read" in complaint(capsys, ["--sample", tmp_path / "torn.pt"])
+    assert not out.exists()
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert "pip install diffusers" in complaint(capsys, ["--prepare", world / "images", "--data-dir", out])
+    (out / "checkpoints").mkdir(parents=True)
+    assert "holds other things" in complaint(capsys, ["--prepare", world / "images", "--data-dir", out, "--vae", "none"])
+    assert "other flags" in complaint(capsys, ["--prepare", world / "images", "--data-dir", world / "data", "--vae", "none", "--resolution", 16])
+
+
+def test_a_resolution_that_the_patch_size_does_not_divide(world, tmp_path, capsys):
+    prepare = ["--prepare", f"{world}/images", "--data-dir", f"{tmp_path}/data", "--resolution", "10", "--vae", "none", "--num-workers", "0"]
+    haste.main(prepare)
+    assert "cannot cut 10 x 10" in complaint(capsys, flags(world, tmp_path / "out", data_dir=tmp_path / "data", model="SiT-XS/4"))
+    with pytest.raises(haste.BadInput, match="patches of 4"):
+        tiny_sit(input_size=10, patch_size=4)
+
+
+def test_the_checkpoint_of_another_model_is_refused_and_kept(world, tmp_path, capsys):
+    haste.main(flags(world, tmp_path, max_train_steps=2))
+    path = tmp_path / "run" / "checkpoints" / "0000002.pt"
+    before = path.read_bytes()
+    assert "another model (SiT-XS/2)" in complaint(capsys, flags(world, tmp_path, model="SiT-S/4"))
+    assert path.read_bytes() == before and len(metrics(tmp_path)) == 2
+    assert "classes 0 to 3" in complaint(capsys, ["--sample", path, "--labels", 4])
+    path.write_bytes(before[:len(before) // 2])
+    assert "cannot be read" in complaint(capsys, ["--sample", path])
