@@ -982,17 +982,17 @@ def train(args):
 
 def measure_angles(model, teacher, data, args, step, rank, world, device):
     """gradient_cosine at each of TRIGGER_TIMES, on args.tau_images training images, in fp32."""
-    chosen = permutation(len(data), args.seed, step, 1)[:args.tau_images]
-    chunk = args.batch_size // args.gradient_accumulation_steps
+    chosen, B = permutation(len(data), args.seed, step, 1)[:args.tau_images], args.batch_size
+    micro = B // world // args.gradient_accumulation_steps
 
     def batches():
-        for start in range(0, len(chosen), chunk):
-            mine = range(rank, min(chunk, len(chosen) - start), world)      # of this chunk
-            if mine:
-                batch = {name: x.to(device) for name, x in data[chosen[start:][mine], True].items()}
-                _, u, eps, xi = (x[mine] for x in draw(chunk, data.shape, device, args.seed, step, start + 1))
-                labels = model.y_embedder.drop(batch["labels"], u)
-                yield len(mine) / len(chosen), data.x0(batch, xi), eps, labels, teacher(batch["images"])
+        for start in range(0, len(chosen), B):
+            _, u, eps, xi = draw(B, data.shape, device, args.seed, step, start + 1)
+            mine = range(rank, min(B, len(chosen) - start), world)
+            for part in (mine[i:i + micro] for i in range(0, len(mine), micro)):
+                batch = {name: x.to(device) for name, x in data[chosen[start:][part], True].items()}
+                labels = model.y_embedder.drop(batch["labels"], u[part])
+                yield len(part) / len(chosen), data.x0(batch, xi[part]), eps[part], labels, teacher(batch["images"])
 
     return [gradient_cosine(model, t, batches(), args.lambda_r, args.lambda_a) for t in TRIGGER_TIMES]
 
@@ -1185,7 +1185,7 @@ def parse(argv):
     flag("--vae", metavar="NAME_OR_PATH",
          help=f"AutoencoderKL of diffusers, or `none` for pixels [{VAE_ENCODER}; to draw, {VAE_DECODER}]")
     flag("--num-classes", type=count, help="[the dataset's own]")
-    flag("--num-workers", type=number(int, 0), default=4, help="loader processes for each GPU [%(default)s]")
+    flag("--num-workers", type=number(int, 0), default=min(4, os.cpu_count()), help="loaders a process [%(default)s]")
 
     flag = parser.add_argument_group("alignment").add_argument
     flag("--model", metavar="NAME", default="SiT-XL/2", help="SiT-{XS,S,B,L,XL}/{2,4,8} [%(default)s]")
