@@ -20,7 +20,7 @@ The same command starts a run and resumes it.
     v         v          (B, C, S, S)           the velocity; its target is eps - x0
     h         h          (B, N, D)              the student's tokens after its feature block
     proj(h)   z          (B, N, D_T)            their projection
-    y         y          (B, N, D_T)            the teacher's final-normed patch tokens (class labels: `labels`)
+    y         y          (B, N, D_T)            the teacher's final-normed patch tokens
     A^S, A^T  qk         (B, heads, N, d) each  attention maps, as the [(q, k), ...] of the aligned blocks
 """
 import argparse
@@ -33,6 +33,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")     # torch.hub, too, unpickles nothing
@@ -181,8 +182,8 @@ class SiT(nn.Module):
         if hidden_size % num_heads or hidden_size % 4:
             raise BadInput(f"a width of {hidden_size} does not divide into {num_heads} heads, or not by 4")
         if not (1 <= feature_block <= depth and all(0 <= b < depth for b in attention_blocks)):
-            raise BadInput(f"a model of {depth} blocks lacks one of the attention blocks {tuple(attention_blocks)} "
-                           f"(from 0), or the feature block {feature_block} (from 1)")
+            raise BadInput(f"a model of {depth} blocks lacks one of the attention blocks "
+                           f"{tuple(attention_blocks)}, from 0, or feature block {feature_block}, from 1")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.attention_blocks, self.feature_block = tuple(attention_blocks), feature_block
         # In REPA's order, because the optimizer states in its checkpoints count parameters in that order.
@@ -247,26 +248,27 @@ DINOV2_REPO, DINOV2_COMMIT = "facebookresearch/dinov2", "b8931f7bf91576930313be2
 class Teacher(nn.Module):
     """A frozen ViT that shows its patch tokens and, by hooks on `attn.qkv`, what makes its attention maps.
 
-    vit: DINOv2 as torch.hub gives it, or a timm VisionTransformer; blocks: whose maps to show, counted from 0;
+    vit: DINOv2 as torch.hub gives it, or a timm VisionTransformer; blocks: whose maps to show, from 0;
     grid: the student's tokens a side, to which positions and images are resampled.
     Raises BadInput for a network of another structure."""
 
     def __init__(self, vit, blocks, grid, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
         super().__init__()
         attentions = [getattr(block, "attn", None) for block in getattr(vit, "blocks", [])]
-        plain = [hasattr(a, "qkv") and isinstance(getattr(a, "q_norm", nn.Identity()), nn.Identity) for a in attentions]
-        if not attentions or not all(plain) or getattr(vit, "pos_embed", None) is None:
+        normed = [a for a in attentions if type(getattr(a, "q_norm", nn.Identity())) is not nn.Identity]
+        plain = attentions and not normed and all(hasattr(a, "qkv") for a in attentions)
+        if not plain or getattr(vit, "pos_embed", None) is None:
             raise BadInput(f"a {type(vit).__name__} of this kind cannot teach: it lacks what DINOv2 has, "
                            f"absolute positions and blocks[i].attn.qkv with no norm behind it")
         if not all(0 <= b < len(attentions) for b in blocks):
             raise BadInput(f"a teacher of {len(attentions)} blocks lacks one of the blocks {tuple(blocks)}")
-        self.vit, self.blocks, self.grid = vit.eval().requires_grad_(False), blocks, grid
-        self.dim = vit.embed_dim
+        self.blocks, self.grid, self.dim = blocks, grid, vit.embed_dim
         self.size = grid * vit.patch_embed.patch_size[0]
         if hasattr(vit, "set_input_size"):      # timm resamples the positions itself
             vit.set_input_size(img_size=self.size)
         else:                                   # once and for all, where the hub's code would at each forward
             vit.pos_embed.data = resample_abs_pos_embed(vit.pos_embed.data, [grid, grid], num_prefix_tokens=1)
+        self.vit = vit.eval().requires_grad_(False)
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
         self.kept = {}
@@ -292,8 +294,8 @@ class Teacher(nn.Module):
 
 def load_teacher(name, grid, blocks, repo=None):
     """The Teacher of that name: a DINOv2 of torch.hub, timm/NAME, or a file with the arguments ("config") and
-    the weights ("model") of a timm VisionTransformer. blocks are those of a ViT of 12 blocks; in one of another
-    depth they keep their distance from the last. Raises BadInput."""
+    the weights ("model") of a timm VisionTransformer. blocks are those of a ViT of 12 blocks; in a ViT of
+    another depth they keep their distance from the last. Raises BadInput."""
     mean, std, hint = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ""
     try:
         if name in DINOV2:
@@ -301,8 +303,9 @@ def load_teacher(name, grid, blocks, repo=None):
             hint = (f"; without internet, pass --teacher-repo a clone of github.com/{DINOV2_REPO} and put "
                     f"https://dl.fbaipublicfiles.com/dinov2/{weights} into {torch.hub.get_dir()}/checkpoints")
             source = (repo, "local") if repo else (f"{DINOV2_REPO}:{DINOV2_COMMIT}", "github")
-            vit = torch.hub.load(source[0], name, source=source[1], trust_repo=True, skip_validation=True,
-                                 verbose=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")     # of the hub's code, which misses xFormers
+                vit = torch.hub.load(source[0], name, source=source[1], trust_repo=True, skip_validation=True)
         elif name.startswith("timm/"):
             vit = timm.create_model(name[5:], pretrained=True, num_classes=0)
             mean, std = vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"]
@@ -334,7 +337,8 @@ def feature_loss(z, y):
     return -F.cosine_similarity(full(z), full(y), dim=-1).mean()
 
 
-# L_ATTA = - mean over block pairs, images, heads, rows i of sum_j A^T_ij log A^S_ij,  A = softmax(q k^T / sqrt(d))
+# L_ATTA = - mean over block pairs, images, heads and rows i of sum_j A^T_ij log A^S_ij
+#          with A = softmax(q k^T / sqrt(d)) of the teacher and of the student
 def attention_loss(student_qk, teacher_qk):
     """Two lists of (q, k), (B, heads, N, head_dim) each -> a scalar; in fp32 whatever the autocast."""
     total = 0
@@ -394,7 +398,7 @@ def sample(model, noise, labels, steps=250, cfg_scale=1.0, guidance=(0.0, 1.0), 
     """Takes noise (B, C, S, S) from t = 1 to t = 0, in fp64, with `steps` evaluations (Heun: 2 steps - 1).
 
     "sde", the paper's protocol: Euler-Maruyama with diffusion w = 2t, t from 1 to 0.04, and the mean alone
-    from there to 0. "ode", "heun": the probability flow. Guidance acts where guidance[0] <= t <= guidance[1]."""
+    from there to 0. "ode", "heun": the probability flow. Guidance acts where t lies in [*guidance]."""
     if mode not in ("sde", "ode", "heun"):
         raise BadInput(f"unknown sampler {mode!r}: choose sde, ode or heun")
     null = torch.full_like(labels, model.null_label) if cfg_scale != 1 else None
@@ -454,17 +458,18 @@ class Data(Dataset):
     Raises BadInput for a folder that holds no dataset, or half of one."""
 
     def __init__(self, folder):
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         if (folder / "dataset.json").is_file() and (folder / "labels.npy").is_file():
             facts, labels = read_json(folder / "dataset.json"), np.load(folder / "labels.npy")
             if todo := np.sum(labels == TODO):
-                raise BadInput(f"{folder} lacks {todo:,} of its {len(labels):,} images: run its --prepare again")
+                raise BadInput(f"{folder} lacks {todo} of its {len(labels)} images: run its --prepare again")
             self.slots = np.flatnonzero(labels != SKIPPED)
             self.images = np.load(folder / "images.npy", mmap_mode="r")
             self.moments = np.load(folder / "moments.npy", mmap_mode="r") if facts["vae"] else None
         elif (folder / "vae-sd").is_dir():      # REPA's: an image file and an array file each
             self.images = Files(folder / "images", ENDINGS, lambda p: to_array(Image.open(p)))
-            self.moments = Files(folder / "vae-sd", (".npy",), lambda p: (x := np.load(p)).reshape(x.shape[-3:]))
+            self.moments = Files(folder / "vae-sd", [".npy"],
+                                 lambda f: (x := np.load(f)).reshape(x.shape[-3:]))
             n, listing = len(self.moments.names), folder / "vae-sd" / "dataset.json"
             if not n or len(self.images.names) != n or not listing.is_file():
                 raise BadInput(f"{folder} has {len(self.images.names)} files in images/ and {n} latents in "
@@ -475,7 +480,8 @@ class Data(Dataset):
             self.slots, labels = np.arange(n), np.array([of[name] for name in self.moments.names])
             facts = {"vae": VAE_ENCODER, "scale": VAE_SCALE, "classes": list(range(labels.max() + 1))}
         else:
-            what = "holds no dataset" if folder.is_dir() and any(folder.iterdir()) else "is empty or not there"
+            there = folder.is_dir() and any(folder.iterdir())
+            what = "holds no dataset" if there else "is empty or missing"
             raise BadInput(f"--data-dir {folder} {what}; to make one:  python haste.py --prepare IMAGES "
                            f"--data-dir {folder}")
         self.labels, self.classes = labels[self.slots], facts["classes"]
@@ -485,6 +491,9 @@ class Data(Dataset):
         self.resolution = self.images[self.slots[0]].shape[-1]
         channels, *size = (self.moments if self.vae else self.images)[self.slots[0]].shape
         self.shape = (channels // 2 if self.vae else channels, *size)       # of a clean sample x0
+
+    def __reduce__(self):       # a spawned loader opens the files itself: pickle would send their content
+        return Data, (self.folder,)
 
     def __len__(self):
         return len(self.slots)
@@ -499,15 +508,15 @@ class Data(Dataset):
         return batch
 
     def x0(self, batch, xi):
-        """The clean sample: pixels in [-1, 1], or scale (mean + std xi), drawn anew from the VAE's posterior."""
+        """The clean sample: pixels in [-1, 1], or scale (mean + std xi), drawn from the VAE's posterior."""
         if not self.vae:
             return batch["images"] / 127.5 - 1
         mean, std = batch["moments"].chunk(2, dim=1)
         return self.scale * (mean + std * xi)
 
 
-# What chance decides is a function of (seed, step, place in the global batch): a resumed run, or one on another
-# number of processes, sees the same images in the same order, with the same times, label drops and noise.
+# What chance decides is a function of (seed, step, place in the global batch): a resumed run, or one on
+# another number of processes, sees the same images in the same order, with the same times and noise.
 
 @functools.lru_cache(maxsize=2)
 def permutation(n, *key):
@@ -523,9 +532,10 @@ def requests(n, args, rows, steps, want_images):
 
 def draw(n, shape, device, *key):
     """For a global batch of n: t and u (n,), uniform in [0, 1), eps and xi (n, *shape), normal."""
-    hashed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1
-    g = torch.Generator(device).manual_seed(int(hashed))
-    return *torch.rand(2, n, generator=g, device=device), *torch.randn(2, n, *shape, generator=g, device=device)
+    hashed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    g = torch.Generator(device).manual_seed(hashed >> 1)
+    uniform = torch.rand(2, n, generator=g, device=device)
+    return *uniform, *torch.randn(2, n, *shape, generator=g, device=device)
 
 
 def to_array(image):
@@ -544,10 +554,14 @@ def center_crop(image, size):
 
 
 class Crops(Dataset):
-    """crops[i] reads image i and puts it, upright, into slot i of images; gives (i, the error or None)."""
+    """crops[i] reads image i and puts it, upright, into slot i of images.npy; gives (i, error or None)."""
 
-    def __init__(self, folder, names, size, images):
-        self.folder, self.names, self.size, self.images = folder, names, size, images
+    def __init__(self, folder, names, size, path):
+        self.folder, self.names, self.size, self.path = folder, names, size, path
+        self.images = np.load(path, mmap_mode="r+")
+
+    def __reduce__(self):
+        return Crops, (self.folder, self.names, self.size, self.path)
 
     def __getitem__(self, i):
         try:
@@ -578,8 +592,8 @@ def list_images(source):
 
 @torch.no_grad()
 def prepare(args):
-    """--prepare: a tree of class folders becomes images.npy (n, 3, R, R) uint8, moments.npy (n, 2C, S, S) fp32,
-    and labels.npy, where an entry, written last, says that an image is done: the same command goes on."""
+    """--prepare: class folders become images.npy (n, 3, R, R) uint8, moments.npy (n, 2C, S, S) fp32, and
+    labels.npy, where an entry, written last, says that an image is done: the same command goes on."""
     rank, world, device = setup(args)
     source, out, size = args.prepare, Path(args.data_dir), args.resolution or 256
     if not os.path.isdir(source):
@@ -602,7 +616,7 @@ def prepare(args):
     if rank == 0 and not (out / "dataset.json").is_file():
         out.mkdir(parents=True, exist_ok=True)
         if other := {f.name for f in out.iterdir()} - {"files.json", *(f"{name}.npy" for name in shapes)}:
-            raise BadInput(f"--data-dir {out} holds other things ({min(other)}): --prepare wants a new folder")
+            raise BadInput(f"--data-dir {out} holds other things ({min(other)}): name a new folder")
         for name, (dtype, *shape) in shapes.items():
             array = np.lib.format.open_memmap(out / f"{name}.npy", "w+", dtype, (len(names), *shape))
             if hasattr(os, "posix_fallocate"):      # not on macOS and Windows
@@ -620,7 +634,7 @@ def prepare(args):
     arrays = {name: np.load(out / f"{name}.npy", mmap_mode="r+") for name in shapes}
     todo = np.flatnonzero(arrays["labels"] == TODO)
     barrier()       # all have looked before any writes
-    crops = DataLoader(Crops(source, names, size, arrays["images"]), sampler=todo[rank::world].tolist(),
+    crops = DataLoader(Crops(source, names, size, out / "images.npy"), sampler=todo[rank::world].tolist(),
                        batch_size=32, num_workers=args.num_workers, collate_fn=list)
     with tqdm(total=len(names), initial=len(names) - len(todo), unit=" images", disable=rank > 0) as bar:
         for results in crops:
@@ -722,9 +736,9 @@ def build_model(name, **sizes):
 
 
 def load_model(path, name):
-    """(the EMA model in eval mode, the run's args) of a checkpoint: ours, HASTE's, REPA's, or a bare state dict.
+    """(EMA model in eval mode, the run's args) of a checkpoint: ours, HASTE's, REPA's, or a bare state dict.
 
-    Sizes are read off the weights, except the number of heads, which the run's model, or else `name`, gives."""
+    Sizes are read off the weights, but for the number of heads, which the run's model, or `name`, gives."""
     saved = load_file(path)
     args, state = saved["args"], saved.get("ema", saved)
     state, name = {k: x for k, x in state.items() if isinstance(x, torch.Tensor)}, args.get("model", name)
@@ -738,7 +752,7 @@ def load_model(path, name):
             projector_dim=len(state["projectors.0.0.bias"]), teacher_dim=len(state["projectors.0.4.bias"]))
         model.load_state_dict(state)
     except (KeyError, RuntimeError) as e:
-        raise BadInput(f"{path} does not hold the weights of a {name}: name the right --model ({brief(e)})") from e
+        raise BadInput(f"{path} holds no weights of a {name}: name the right --model ({brief(e)})") from e
     return model.eval(), args
 
 
@@ -748,7 +762,7 @@ def load_vae(name, device):
         from diffusers import AutoencoderKL
         return AutoencoderKL.from_pretrained(name).to(device).eval().requires_grad_(False)
     except ImportError as e:
-        raise BadInput("the VAE needs diffusers:  pip install diffusers  (or --prepare pixels, with --vae none)") from e
+        raise BadInput("the VAE needs diffusers: pip install diffusers (or --prepare with --vae none)") from e
     except (OSError, ValueError) as e:
         raise BadInput(f"the VAE {name} could not be loaded; --vae takes a folder, too ({brief(e)})") from e
 
@@ -769,41 +783,48 @@ def to_images(x0, vae=None, scale=1.0):
 # ---- 8. Training -------------------------------------------------------------------------------------------
 
 def settle(args, data, world):
-    """Fills in what the model's row and the dataset decide. Raises BadInput for flags that do not fit together."""
+    """Fills in what the model's row and the dataset decide. Raises BadInput for flags that do not fit."""
     size, patch = args.model.removeprefix("SiT-").split("/")
     _, _, _, student, teacher, feature, _, tau = MODELS[size]
     args.attention_blocks = args.attention_blocks or student
     args.teacher_blocks = args.teacher_blocks or teacher
     args.encoder_depth = args.encoder_depth or feature
     args.num_classes = args.num_classes or len(data.classes)
-    args.grid = data.shape[1] // int(patch)
+    args.grid, side = data.shape[1] // int(patch), data.resolution
     if args.tau is None:
-        args.tau = 300_000 if size == "XL" and data.resolution == 512 else tau
-    parts, side = world * args.gradient_accumulation_steps, data.resolution
-    for wrong, message in (
-        (args.batch_size % parts, f"--batch-size {args.batch_size} does not divide by {world} processes x "
-                                  f"{args.gradient_accumulation_steps} accumulation steps"),
-        (len(data) < args.batch_size, f"{args.data_dir} has {len(data)} images, fewer than --batch-size {args.batch_size}"),
-        (args.resolution not in (None, side), f"{args.data_dir} has images of {side} x {side}, not of --resolution {args.resolution}"),
-        (data.shape[1] % int(patch), f"{args.model} cannot cut {data.shape[1]} x {data.shape[2]} into its patches"),
-        (data.labels.max() >= args.num_classes, f"{args.data_dir} has the label {data.labels.max()}, but --num-classes is {args.num_classes}"),
-        (len(args.attention_blocks) != len(args.teacher_blocks), "--attention-blocks and --teacher-blocks must be as many"),
-        (not args.lambda_r and not args.lambda_a and args.tau, "with both weights 0 there is nothing to align: say --tau 0"),
-    ):
-        if wrong:
-            raise BadInput(message)
+        args.tau = 300_000 if size == "XL" and side == 512 else tau
+    mistakes = {
+        f"--batch-size {args.batch_size} does not divide by {world} processes x "
+        f"{args.gradient_accumulation_steps} accumulation steps":
+            args.batch_size % (world * args.gradient_accumulation_steps),
+        f"{args.data_dir} has {len(data)} images, fewer than --batch-size {args.batch_size}":
+            len(data) < args.batch_size,
+        f"{args.data_dir} has images of {side} x {side}, not of --resolution {args.resolution}":
+            args.resolution not in (None, side),
+        f"{args.model} cannot cut {data.shape[1]} x {data.shape[2]} into its patches: choose another model":
+            data.shape[1] % int(patch),
+        f"{args.data_dir} has the label {data.labels.max()}, too large for --num-classes {args.num_classes}":
+            data.labels.max() >= args.num_classes,
+        "--attention-blocks and --teacher-blocks must be as many":
+            len(args.attention_blocks) != len(args.teacher_blocks),
+        "with both weights 0 there is nothing to align: say --tau 0":
+            not args.lambda_r and not args.lambda_a and args.tau,
+    }
+    for mistake, made in mistakes.items():
+        if made:
+            raise BadInput(mistake)
     args.resolution = side
 
 
 def wrap(model, projector):
-    """DDP around the model; a projector that is not trained is frozen, so that no unused parameter is searched."""
+    """DDP around the model; a projector not in training is frozen: DDP need search no unused parameter."""
     model.projectors.requires_grad_(projector)
     gc.collect()        # with an earlier wrapper go its gradient hooks
     return DDP(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
 
 
 class Log:
-    """Lines of metrics.jsonl, and of TensorBoard and W&B where asked for. Raises BadInput if those are missing."""
+    """Lines of metrics.jsonl, of TensorBoard and W&B if asked for. Raises BadInput if those are missing."""
 
     def __init__(self, run, args, step):
         self.path, self.others = run / "metrics.jsonl", []
@@ -815,7 +836,7 @@ class Log:
             if args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
                 board = SummaryWriter(run / "tensorboard", purge_step=step)
-                self.others.append(lambda line: [board.add_scalar(k, x, line["step"]) for k, x in line.items()])
+                self.others.append(lambda m: [board.add_scalar(k, x, m["step"]) for k, x in m.items()])
             if args.wandb:
                 import wandb
                 wandb.init(project=args.wandb, id=args.exp_name, resume="allow", config=vars(args))
@@ -834,11 +855,12 @@ def memory_gib(device):
     """The most this process has held: of the GPU's memory, else of the machine's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == "linux" else 30) if resource else 0
+    unit = 2 ** (20 if sys.platform == "linux" else 30)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if resource else 0
 
 
 def train(args):
-    """Trains args.model on args.data_dir to step args.max_train_steps, from the run's newest checkpoint on."""
+    """Trains args.model on args.data_dir to step args.max_train_steps, from the run's newest checkpoint."""
     # --- the processes, the data, the run's newest checkpoint
     rank, world, device = setup(args)
     data = Data(args.data_dir)
@@ -865,8 +887,8 @@ def train(args):
     torch.manual_seed(args.seed)
     model = build_model(
         args.model, input_size=data.shape[1], in_channels=data.shape[0], num_classes=args.num_classes,
-        class_dropout_prob=args.cfg_prob, attention_blocks=args.attention_blocks, feature_block=args.encoder_depth,
-        teacher_dim=teacher_dim).to(device)
+        class_dropout_prob=args.cfg_prob, attention_blocks=args.attention_blocks,
+        feature_block=args.encoder_depth, teacher_dim=teacher_dim).to(device)
     ema, update_ema = copy.deepcopy(model).eval().requires_grad_(False), get_ema_multi_avg_fn(args.ema_decay)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.999),
                                   weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
@@ -891,8 +913,9 @@ def train(args):
     if rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         log = Log(run, args, step)
-        print(f"{args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {args.precision} "
-              f"on {world} x {device.type}; {len(data):,} images of {args.num_classes} classes; tau {args.tau}; "
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{args.model}, {millions:.1f}M parameters, {args.precision} on {world} x {device.type}; "
+              f"{len(data):,} images of {args.num_classes} classes; tau {args.tau}; "
               f"{f'resuming {newest}' if saved else f'starting {run}'}")
         if changed := [k for k, x in (saved["args"].items() if saved else ()) if config.get(k) != x]:
             print(f"warning: not as when that checkpoint was made: {', '.join(changed)}")
@@ -904,8 +927,9 @@ def train(args):
     del saved
 
     def save():
-        state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(), "args": config,
-                 "steps": step, "tau": None if tau == math.inf else tau, "scaler": scaler.state_dict()}
+        state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(),
+                 "scaler": scaler.state_dict(), "args": config, "steps": step,
+                 "tau": None if tau == math.inf else tau}
         write_file(run / "checkpoints" / f"{step:07d}.pt", lambda f: torch.save(state, f))
 
     sums, logged, began = torch.zeros(5, device=device), step, time.perf_counter()
@@ -928,7 +952,7 @@ def train(args):
                 mean = sum(cosines) / len(cosines)
                 if log:
                     log(step=step, cosine=mean, **{f"cosine_t{t}": x for t, x in zip(TRIGGER_TIMES, cosines)})
-                    bar.write(f"step {step}: cosine of the alignment's and the denoising gradient {mean:+.4f}")
+                    bar.write(f"step {step}: cosine of alignment's and denoising gradient {mean:+.4f}")
                 if mean < args.tau_cosine:
                     tau = step
                     break
@@ -967,15 +991,18 @@ def train(args):
                 means = [x / world / (step - logged) for x in sums.tolist()]        # CPU-GPU sync point
                 rate = args.batch_size * (step - logged) / (time.perf_counter() - began)
                 if log:
-                    log(step=step, phase=1 if phase_one else 2, images_per_sec=rate, memory_gib=memory_gib(device),
-                        **dict(zip(("loss", "loss_diff", "loss_repa", "loss_atta", "grad_norm"), means)))
+                    names = "loss", "loss_diff", "loss_repa", "loss_atta", "grad_norm"
+                    log(step=step, phase=1 if phase_one else 2, **dict(zip(names, means)),
+                        images_per_sec=rate, memory_gib=memory_gib(device))
                     bar.set_postfix(loss=f"{means[0]:.4f}", images_per_sec=f"{rate:.0f}")
                 sums, logged, began = sums.zero_(), step, time.perf_counter()
+            paused = time.perf_counter()
             if rank == 0 and (step % args.checkpointing_steps == 0 or step in (tau, last)):
                 save()
             if pictures and (step % args.sampling_steps == 0 or step == last):
                 images = sample_grid(ema, vae, data.scale, args, device)
                 write_grid(run / "samples" / f"{step:07d}.png", images, columns=8)
+            began += time.perf_counter() - paused       # not counted in images a second
     bar.close()
     barrier()
 
@@ -992,9 +1019,11 @@ def measure_angles(model, teacher, data, args, step, rank, world, device):
             for part in (mine[i:i + micro] for i in range(0, len(mine), micro)):
                 batch = {name: x.to(device) for name, x in data[chosen[start:][part], True].items()}
                 labels = model.y_embedder.drop(batch["labels"], u[part])
-                yield len(part) / len(chosen), data.x0(batch, xi[part]), eps[part], labels, teacher(batch["images"])
+                target = teacher(batch["images"])
+                yield len(part) / len(chosen), data.x0(batch, xi[part]), eps[part], labels, target
 
-    return [gradient_cosine(model, t, batches(), args.lambda_r, args.lambda_a) for t in TRIGGER_TIMES]
+    with torch.compiler.set_stance("force_eager"):      # a compiled backward cannot be taken twice
+        return [gradient_cosine(model, t, batches(), args.lambda_r, args.lambda_a) for t in TRIGGER_TIMES]
 
 
 # ---- 9. Pictures -------------------------------------------------------------------------------------------
@@ -1005,7 +1034,7 @@ def seeded_noise(model, n, seed, device):
 
 
 def sample_grid(ema, vae, scale, args, device, n=32):
-    """Training's grid (n, 3, R, R): labels over the whole range, an ODE of 50 steps, the same noise each time."""
+    """Training's grid (n, 3, R, R): labels over the whole range, an ODE of 50 steps, the same noise."""
     labels = torch.linspace(0, args.num_classes - 1, n, device=device).round().long()
     cfg_scale = args.cfg_scale if args.cfg_prob else 1.0
     noise = seeded_noise(ema, n, args.seed, device)
@@ -1017,7 +1046,7 @@ def sample_from(args):
     _, _, device = setup(args)
     model, made = load_model(args.sample, args.model)
     if bad := [y for y in args.labels if not 0 <= y < model.y_embedder.num_classes]:
-        raise BadInput(f"--labels {bad[0]}: {args.sample} knows classes 0 to {model.y_embedder.num_classes - 1}")
+        raise BadInput(f"--labels {bad[0]}: its classes are 0 to {model.y_embedder.num_classes - 1}")
     vae = load_decoder(made.get("vae", VAE_ENCODER), args, device)
     noise = seeded_noise(model.to(device), len(args.labels), args.seed, device)
     labels, guidance = torch.tensor(args.labels, device=device), (args.guidance_low, args.guidance_high)
@@ -1028,7 +1057,7 @@ def sample_from(args):
           f"guidance {args.cfg_scale}")
 
 
-# ---- 10. The demo: letters that Pillow draws, a teacher trained on them, and the commands above -------------
+# ---- 10. The demo: letters that Pillow draws, a teacher trained on them, and the commands above ------------
 
 LETTERS, GLYPH, PATCH = "ABCEHKRSTX", 24, 4
 
@@ -1069,20 +1098,21 @@ def fit_teacher(path, images, labels, masks):
     """A ViT of 4 blocks learns to say of each pixel to which letter, or to none, it belongs."""
     torch.manual_seed(0)
     config = dict(img_size=GLYPH, patch_size=PATCH, embed_dim=96, depth=4, num_heads=4, num_classes=0)
-    vit, head, side = VisionTransformer(**config), nn.Linear(96, PATCH ** 2 * (1 + len(LETTERS))), GLYPH // PATCH
-    normal = Teacher(copy.deepcopy(vit), (), side)
+    vit, kinds, side = VisionTransformer(**config), 1 + len(LETTERS), GLYPH // PATCH
+    head, normal = nn.Linear(96, PATCH ** 2 * kinds), Teacher(copy.deepcopy(vit), (), side)
 
     def pixel_loss(x, y, mask):
         tokens = vit.forward_features((x - normal.mean) / normal.std)[:, 1:]
-        mask = mask.reshape(-1, side, PATCH, side, PATCH).transpose(2, 3).reshape(len(x), side ** 2, PATCH ** 2)
-        return F.cross_entropy(head(tokens).reshape(-1, 1 + len(LETTERS)), ((mask > 0.5) * (1 + y[:, None, None])).flatten())
+        kind = (mask > 0.5) * (1 + y[:, None, None])                                        # (B, 24, 24)
+        kind = kind.reshape(-1, side, PATCH, side, PATCH).transpose(2, 3).flatten()         # patch by patch
+        return F.cross_entropy(head(tokens).reshape(-1, kinds), kind)
 
     fit(nn.ModuleList([vit, head]), pixel_loss, (images, labels, masks), 400, "the demo's teacher")
     write_file(path, lambda f: torch.save({"config": config, "model": vit.state_dict()}, f))
 
 
 def fit_judge(images, labels):
-    """A convolutional classifier that neither teacher nor student ever meets; gives its accuracy on (x, y)."""
+    """A convolutional classifier that teacher and student never meet; gives its accuracy on (x, y)."""
     torch.manual_seed(1)
     layers = [layer for c, d in ((3, 32), (32, 64), (64, 64)) for layer in (
         nn.Conv2d(c, d, 3, padding=1), nn.BatchNorm2d(d), nn.ReLU(), nn.MaxPool2d(2))]
@@ -1092,7 +1122,7 @@ def fit_judge(images, labels):
 
 
 def demo(args, given):
-    """--demo: draws letters, fits a teacher, then runs ordinary commands; other flags given go to the training."""
+    """--demo: draws letters, fits a teacher, then runs ordinary commands; other flags go to the training."""
     home = Path(args.output_dir) / "demo"
     images, labels, masks = render_glyphs(4000, seed=0)
     for i, (image, label) in enumerate(zip(images, labels)):
@@ -1109,8 +1139,8 @@ def demo(args, given):
     prepare(command(f"--prepare {home}/glyphs --data-dir {home}/data --resolution {GLYPH} --vae none"))
     args = command(f"--model SiT-XS/{PATCH} --data-dir {home}/data --teacher {home}/teacher.pt "
                    f"--output-dir {args.output_dir} --exp-name demo --batch-size 64 --learning-rate 2e-3 "
-                   f"--ema-decay 0.99 --tau 400 --max-train-steps 800 --checkpointing-steps 400 --log-every 50 "
-                   f"--sampling-steps 400 --cfg-scale 2 --num-workers 0", *given)
+                   f"--ema-decay 0.99 --tau 400 --max-train-steps 800 --checkpointing-steps 400 "
+                   f"--sampling-steps 400 --cfg-scale 2 --log-every 50 --num-workers 0", *given)
     train(args)
     saved = sorted((home / "checkpoints").glob("[0-9]*.pt"))
     sample_from(command(f"--sample {saved[-1]} --labels {' '.join(str(i % 10) for i in range(40))} "
@@ -1126,7 +1156,8 @@ def demo(args, given):
         torch.manual_seed(0)
         drawn = to_images(sample(model, seeded_noise(model, 200, 0, "cpu"), wanted, steps=50, cfg_scale=2.0))
         phase = "I" if int(path.stem) <= args.tau else "II"
-        rows.append((f"step {int(path.stem)}, phase {phase}: the judge reads {right(drawn, wanted):.0%} right", drawn[:20]))
+        read = f"step {int(path.stem)}, phase {phase}: the judge reads {right(drawn, wanted):.0%} right"
+        rows.append((read, drawn[:20]))
     picture = Image.new("RGB", (1052, 84 * len(rows) + 8), "white")
     for i, (caption, row) in enumerate(rows):
         print(caption)
@@ -1169,8 +1200,8 @@ def tau_value(text):
 
 def parse(argv):
     """The flags, in the dialect of SiT, REPA and HASTE. Raises BadInput."""
-    parser = Parser(prog="haste.py", description="HASTE, arXiv 2505.16792: the same command starts and resumes a run",
-                    allow_abbrev=False)
+    parser = Parser(prog="haste.py", allow_abbrev=False,
+                    description="HASTE (arXiv 2505.16792); the same command starts and resumes a run")
     count, weight, share = number(int, 1), number(float, 0), number(float, 0, 1)
 
     group = parser.add_argument_group("what to do, if not to train").add_mutually_exclusive_group()
@@ -1185,7 +1216,7 @@ def parse(argv):
     flag("--vae", metavar="NAME_OR_PATH",
          help=f"AutoencoderKL of diffusers, or `none` for pixels [{VAE_ENCODER}; to draw, {VAE_DECODER}]")
     flag("--num-classes", type=count, help="[the dataset's own]")
-    flag("--num-workers", type=number(int, 0), default=min(4, os.cpu_count()), help="loaders a process [%(default)s]")
+    flag("--num-workers", type=number(int, 0), default=min(4, os.cpu_count()), help="a process [%(default)s]")
 
     flag = parser.add_argument_group("alignment").add_argument
     flag("--model", metavar="NAME", default="SiT-XL/2", help="SiT-{XS,S,B,L,XL}/{2,4,8} [%(default)s]")
@@ -1193,22 +1224,22 @@ def parse(argv):
          help="dinov2_vit{s,b,l,g}14[_reg], timm/NAME, or a file [%(default)s]")
     flag("--teacher-repo", metavar="DIR", help="a clone of facebookresearch/dinov2, for want of internet")
     flag("--tau", "--early-stop-point", type=tau_value, metavar="N|never|auto",
-         help="when alignment stops; 0 is plain SiT, auto the gradient-angle trigger [the paper's for the model]")
+         help="when alignment stops; 0: plain SiT, auto: by the gradient angle [the paper's for the model]")
     flag("--tau-from", type=number(int, 0), default=50_000, help="auto: the first measurement [%(default)s]")
     flag("--tau-every", type=count, default=10_000, help="auto: steps between measurements [%(default)s]")
     flag("--tau-images", type=count, default=2048, help="auto: images in a measurement [%(default)s]")
-    flag("--tau-cosine", type=number(float, -1, 1), default=-0.05, help="auto: stop below this cosine [%(default)s]")
+    flag("--tau-cosine", type=number(float, -1, 1), default=-0.05, help="auto: stop below it [%(default)s]")
     flag("--lambda-r", "--proj-coeff", type=weight, default=0.5, help="weight of L_REPA [%(default)s]")
-    flag("--lambda-a", "--attn-coeff", type=weight, default=0.5, help="weight of L_ATTA; 0 is REPA [%(default)s]")
+    flag("--lambda-a", "--attn-coeff", type=weight, default=0.5, help="weight of L_ATTA [%(default)s]")
     flag("--attention-blocks", type=number(int, 0), nargs="+", help="the student's, from 0 [the paper's]")
-    flag("--teacher-blocks", type=number(int, 0), nargs="+", help="their partners, from 0 of 12 [the paper's]")
+    flag("--teacher-blocks", type=number(int, 0), nargs="+", help="with them, from 0 of 12 [the paper's]")
     flag("--encoder-depth", type=count, help="the block whose tokens are aligned, from 1 [the paper's]")
 
     flag = parser.add_argument_group("training").add_argument
     flag("--output-dir", default="runs", help="[%(default)s]")
     flag("--exp-name", help="the run's folder in it [the model's name]")
     flag("--batch-size", type=count, default=256, help="the global batch, over all processes [%(default)s]")
-    flag("--gradient-accumulation-steps", type=count, default=1, help="parts of a process's share [%(default)s]")
+    flag("--gradient-accumulation-steps", type=count, default=1, help="[%(default)s]")
     flag("--max-train-steps", type=count, default=400_000, help="[%(default)s]")
     flag("--learning-rate", type=weight, default=1e-4, help="of AdamW, constant [%(default)s]")
     flag("--max-grad-norm", type=weight, default=1.0, help="[%(default)s]")
@@ -1220,15 +1251,15 @@ def parse(argv):
     flag("--seed", type=number(int, 0), default=0, help="[%(default)s]")
     flag("--log-every", type=count, default=100, help="steps between lines of metrics.jsonl [%(default)s]")
     flag("--checkpointing-steps", type=count, default=50_000, help="steps between checkpoints [%(default)s]")
-    flag("--sampling-steps", type=number(int, 0), default=10_000, help="steps between grids; 0: none [%(default)s]")
+    flag("--sampling-steps", type=number(int, 0), default=10_000, help="between grids; 0: none [%(default)s]")
     flag("--tensorboard", action="store_true", help="log there, too")
     flag("--wandb", metavar="PROJECT", help="log there, too")
 
     flag = parser.add_argument_group("--sample").add_argument
-    flag("--labels", type=int, nargs="+", default=[207, 360, 387, 974, 88, 979, 417, 279], help="[%(default)s]")
+    flag("--labels", type=int, nargs="+", default=[207, 360, 387, 974, 88, 979, 417], help="[%(default)s]")
     flag("--mode", choices=("sde", "ode", "heun"), default="sde", help="[%(default)s]")
     flag("--num-steps", type=number(int, 2), default=250, help="[%(default)s]")
-    flag("--cfg-scale", type=weight, default=4.0, help="guidance, in training's grids, too; 1 is none [%(default)s]")
+    flag("--cfg-scale", type=weight, default=4.0, help="guidance, of grids, too; 1: none [%(default)s]")
     flag("--guidance-low", type=share, default=0.0, help="guide where t is in [low, high] [%(default)s]")
     flag("--guidance-high", type=share, default=1.0, help="[%(default)s]")
     flag("--out", default="samples.png", help="[%(default)s]")

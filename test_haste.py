@@ -800,6 +800,6 @@ def test_the_checkpoint_of_another_model_is_refused_and_kept(world, tmp_path, ca
     before = path.read_bytes()
     assert "another model (SiT-XS/2)" in complaint(capsys, flags(world, tmp_path, model="SiT-S/4"))
     assert path.read_bytes() == before and len(metrics(tmp_path)) == 2
-    assert "classes 0 to 3" in complaint(capsys, ["--sample", path, "--labels", 4])
+    assert "classes are 0 to 3" in complaint(capsys, ["--sample", path, "--labels", 4])
     path.write_bytes(before[:len(before) // 2])
     assert "cannot be read" in complaint(capsys, ["--sample", path])
