@@ -1078,6 +1078,13 @@ def render_glyphs(n, seed):
     return torch.from_numpy(np.stack(images)), torch.from_numpy(labels), torch.from_numpy(np.stack(masks))
 
 
+def write_images(folder, images, labels):
+    for i, (image, label) in enumerate(zip(images, labels)):
+        path = folder / LETTERS[label] / f"{i:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+
+
 def fit(net, loss_of, inputs, steps, title):
     """Some hundred steps of AdamW with a cosine decay, enough for the demo's teacher and its judge."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
@@ -1111,24 +1118,11 @@ def fit_teacher(path, images, labels, masks):
     write_file(path, lambda f: torch.save({"config": config, "model": vit.state_dict()}, f))
 
 
-def fit_judge(images, labels):
-    """A convolutional classifier that teacher and student never meet; gives its accuracy on (x, y)."""
-    torch.manual_seed(1)
-    layers = [layer for c, d in ((3, 32), (32, 64), (64, 64)) for layer in (
-        nn.Conv2d(c, d, 3, padding=1), nn.BatchNorm2d(d), nn.ReLU(), nn.MaxPool2d(2))]
-    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(576, len(LETTERS)))
-    fit(net, lambda x, y: F.cross_entropy(net(x / 127.5 - 1), y), (images, labels), 300, "the demo's judge")
-    return lambda x, y: (net(x / 127.5 - 1).argmax(1) == y).float().mean().item()
-
-
 def demo(args, given):
     """--demo: draws letters, fits a teacher, then runs ordinary commands; other flags go to the training."""
     home = Path(args.output_dir) / "demo"
     images, labels, masks = render_glyphs(4000, seed=0)
-    for i, (image, label) in enumerate(zip(images, labels)):
-        path = home / "glyphs" / LETTERS[label] / f"{i:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    write_images(home / "glyphs", images, labels)
     if not (home / "teacher.pt").is_file():
         fit_teacher(home / "teacher.pt", images, labels, masks)
 
@@ -1139,33 +1133,22 @@ def demo(args, given):
     prepare(command(f"--prepare {home}/glyphs --data-dir {home}/data --resolution {GLYPH} --vae none"))
     args = command(f"--model SiT-XS/{PATCH} --data-dir {home}/data --teacher {home}/teacher.pt "
                    f"--output-dir {args.output_dir} --exp-name demo --batch-size 64 --learning-rate 2e-3 "
-                   f"--ema-decay 0.99 --tau 400 --max-train-steps 800 --checkpointing-steps 400 "
-                   f"--sampling-steps 400 --cfg-scale 2 --log-every 50 --num-workers 0", *given)
+                   f"--ema-decay 0.99 --tau 350 --max-train-steps 700 --checkpointing-steps 350 "
+                   f"--sampling-steps 350 --cfg-scale 2 --log-every 50 --num-workers 0", *given)
     train(args)
     saved = sorted((home / "checkpoints").glob("[0-9]*.pt"))
     sample_from(command(f"--sample {saved[-1]} --labels {' '.join(str(i % 10) for i in range(40))} "
                         f"--num-steps 50 --cfg-scale 2 --out {home}/letters.png"))
 
-    # --- real letters, and samples of each checkpoint, as the judge reads them
-    right = fit_judge(*render_glyphs(4000, seed=1)[:2])
-    real, of, _ = render_glyphs(500, seed=2)
-    two_each = torch.stack([torch.nonzero(of == c)[:2, 0] for c in range(len(LETTERS))]).T.flatten()
-    rows = [(f"real letters: the judge reads {right(real, of):.0%} right", real[two_each])]
-    for path in saved:
-        model, wanted = load_model(path, args.model)[0], torch.arange(200) % len(LETTERS)
-        torch.manual_seed(0)
-        drawn = to_images(sample(model, seeded_noise(model, 200, 0, "cpu"), wanted, steps=50, cfg_scale=2.0))
-        phase = "I" if int(path.stem) <= args.tau else "II"
-        read = f"step {int(path.stem)}, phase {phase}: the judge reads {right(drawn, wanted):.0%} right"
-        rows.append((read, drawn[:20]))
-    picture = Image.new("RGB", (1052, 84 * len(rows) + 8), "white")
-    for i, (caption, row) in enumerate(rows):
-        print(caption)
-        ImageDraw.Draw(picture).text((8, 84 * i + 6), caption, "black", ImageFont.load_default(15))
-        row = Image.fromarray(make_grid(row, 20, padding=1, pad_value=255).permute(1, 2, 0).numpy())
-        picture.paste(row.resize((1040, 54), Image.Resampling.NEAREST), (6, 84 * i + 28))
-    write_file(home / "demo.png", lambda f: picture.save(f, "PNG"))
-    print(f"{home}/demo.png shows them; the metrics are in {home}/metrics.jsonl")
+    # --- held-back letters against samples: as features see them, and as a network sees them that had no part
+    import evaluate
+    real, of, _ = render_glyphs(200, seed=2)
+    write_images(home / "real", real, of)
+    given = (f"--ckpt {saved[-1]} --ref {home}/real --inception random --num-samples 200 --num-steps 50 --cfg-scale 2 "
+             f"--json {home}/metrics.json")
+    print("\n$ python evaluate.py", given)
+    evaluate.main(given.split())
+    evaluate.judge_letters(home, saved, args.tau)
 
 
 # ---- 11. The command line ----------------------------------------------------------------------------------
