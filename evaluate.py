@@ -410,9 +410,9 @@ def judge_letters(home, checkpoints, tau):
     two_each = torch.stack([torch.nonzero(of == c)[:2, 0] for c in range(classes)]).T.flatten()
     rows = [(f"real letters: the judge reads {right(real, of):.0%} right", real[two_each])]
     for path in checkpoints:
-        model, wanted = haste.load_model(path, None)[0], torch.arange(200) % classes
+        model, wanted = haste.load_model(path, None)[0], torch.arange(100) % classes
         torch.manual_seed(0)
-        drawn = haste.to_images(haste.sample(model, haste.seeded_noise(model, 200, 0, "cpu"), wanted, steps=50, cfg_scale=2.0))
+        drawn = haste.to_images(haste.sample(model, haste.seeded_noise(model, 100, 0, "cpu"), wanted, steps=50, cfg_scale=2.0))
         phase = "II" if isinstance(tau, int) and int(path.stem) > tau else "I"
         rows.append((f"step {int(path.stem)}, phase {phase}: the judge reads {right(drawn, wanted):.0%} right", drawn[:20]))
     picture = Image.new("RGB", (1052, 84 * len(rows) + 8), "white")

@@ -1142,12 +1142,12 @@ def demo(args, given):
 
     # --- held-back letters against samples: as features see them, and as a network sees them that had no part
     import evaluate
-    real, of, _ = render_glyphs(200, seed=2)
+    real, of, _ = render_glyphs(100, seed=2)
     write_images(home / "real", real, of)
-    given = (f"--ckpt {saved[-1]} --ref {home}/real --inception random --num-samples 200 --num-steps 50 --cfg-scale 2 "
-             f"--json {home}/metrics.json")
-    print("\n$ python evaluate.py", given)
-    evaluate.main(given.split())
+    line = (f"--ckpt {saved[-1]} --ref {home}/real --inception random --num-samples 100 --num-steps 50 "
+            f"--cfg-scale 2 --json {home}/metrics.json")
+    print("\n$ python evaluate.py", line)
+    evaluate.main(line.split())
     evaluate.judge_letters(home, saved, args.tau)
 
 
