@@ -28,12 +28,17 @@ import contextlib
 import copy
 import functools
 import gc
+import hashlib
 import json
 import math
 import os
+import signal
+import socket
 import sys
 import time
 import warnings
+import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")     # torch.hub, too, unpickles nothing
@@ -50,18 +55,29 @@ from timm.layers import Mlp, PatchEmbed, resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
 try:
+    import fcntl
     import resource
 except ImportError:     # Windows
-    resource = None
+    fcntl = resource = None
 
 
 class BadInput(ValueError):
     """A user's mistake, told in one sentence: the command line prints it and exits with code 2."""
+    code = 2
+
+
+class Failure(RuntimeError):
+    """What ends a run that was asked for rightly, told in one sentence; exit code 1."""
+    code = 1
+
+
+AGAIN = 75      # the exit code that says "start me again" (EX_TEMPFAIL)
 
 
 # ---- 1. The student: SiT -----------------------------------------------------------------------------------
@@ -186,6 +202,7 @@ class SiT(nn.Module):
                            f"{tuple(attention_blocks)}, from 0, or feature block {feature_block}, from 1")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.attention_blocks, self.feature_block = tuple(attention_blocks), feature_block
+        self.grad_checkpoint = False    # compute blocks anew in the backward pass, rather than keep what they did
         # In REPA's order, because the optimizer states in its checkpoints count parameters in that order.
         positions = sincos_positions(hidden_size, input_size // patch_size)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
@@ -230,7 +247,7 @@ class SiT(nn.Module):
         c = self.t_embedder(t) + self.y_embedder(y)             # (B, D)
         kept = {}
         for i, block in enumerate(self.blocks):
-            h, qk = block(h, c)
+            h, qk = checkpoint(block, h, c, use_reentrant=False) if self.grad_checkpoint else block(h, c)
             if align and i in self.attention_blocks:
                 kept[i] = qk
             if align and i + 1 == self.feature_block:
@@ -324,6 +341,7 @@ def load_teacher(name, grid, blocks, repo=None):
 # ---- 3. The losses -----------------------------------------------------------------------------------------
 
 MAX_HEADS = 12      # student head i learns from teacher head i, for the first 12; the others are free
+MAP_PIECE = 2 ** 18     # rows x N of the attention maps that exist at a time, for each image and head
 
 
 def full(x):
@@ -339,16 +357,41 @@ def feature_loss(z, y):
 
 # L_ATTA = - mean over block pairs, images, heads and rows i of sum_j A^T_ij log A^S_ij
 #          with A = softmax(q k^T / sqrt(d)) of the teacher and of the student
+class CrossEntropyOfMaps(torch.autograd.Function):
+    """(q, k) of student and teacher -> the mean cross-entropy of their maps' rows, in memory linear in N.
+
+    The gradient by the student's logits is A^S - A^T: it is taken on the way, while a piece of the maps is there,
+    so that no map is kept. A piece is all of them for N <= 512: faster than autograd there, too."""
+
+    @staticmethod
+    def forward(ctx, q, k, q_t, k_t):
+        scale, scale_t, count = q.shape[-1] ** -0.5, q_t.shape[-1] ** -0.5, q[..., 0].numel()
+        total, dq, dk = q.new_zeros(()), torch.empty_like(q), torch.zeros_like(k)
+        N = q.shape[-2]
+        step = max(1, MAP_PIECE // N)
+        for rows in (slice(i, i + step) for i in range(0, N, step)):
+            log_a = F.log_softmax(q[..., rows, :] @ k.mT * scale, dim=-1)           # (B, heads, rows, N)
+            a_t = F.softmax(q_t[..., rows, :] @ k_t.mT * scale_t, dim=-1)
+            total -= (a_t * log_a).sum()
+            d_logits = log_a.exp_().sub_(a_t)
+            dq[..., rows, :] = d_logits @ k
+            dk += d_logits.mT @ q[..., rows, :]
+        ctx.save_for_backward(dq.mul_(scale / count), dk.mul_(scale / count))
+        return total / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        dq, dk = ctx.saved_tensors
+        return grad * dq, grad * dk, None, None
+
+
 def attention_loss(student_qk, teacher_qk):
     """Two lists of (q, k), (B, heads, N, head_dim) each -> a scalar; in fp32 whatever the autocast."""
     total = 0
     for (q, k), (q_t, k_t) in zip(student_qk, teacher_qk, strict=True):
         heads = min(q.shape[1], q_t.shape[1], MAX_HEADS)
         with torch.autocast(q.device.type, enabled=False):
-            q, k, q_t, k_t = (full(x[:, :heads]) for x in (q, k, q_t, k_t))
-            log_a = F.log_softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)
-            a_t = F.softmax(q_t @ k_t.mT * q_t.shape[-1] ** -0.5, dim=-1)
-        total = total - (a_t * log_a).sum(-1).mean()
+            total = total + CrossEntropyOfMaps.apply(*(full(x[:, :heads]) for x in (q, k, q_t, k_t)))
     return total / len(student_qk)
 
 
@@ -438,6 +481,18 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 TODO, SKIPPED = -2, -1      # in labels.npy: an image still to be prepared, and one that cannot be read
 
 
+def load_array(path, kind, *shape):
+    """A memory map of the .npy file, whose dtype must be of this kind, and shape this one, None for any size."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise BadInput(f"{path} is missing or cut short ({brief(e)}): run its --prepare anew") from e
+    if array.dtype.kind != kind or len(array.shape) != len(shape) or any(
+            want not in (None, size) for want, size in zip(shape, array.shape)):
+        raise BadInput(f"{path} is {array.dtype} {array.shape}, where {shape} was expected: run --prepare anew")
+    return array
+
+
 class Files:
     """Files in place of an array: files[i] reads the i-th."""
 
@@ -460,12 +515,14 @@ class Data(Dataset):
     def __init__(self, folder):
         self.folder = folder = Path(folder)
         if (folder / "dataset.json").is_file() and (folder / "labels.npy").is_file():
-            facts, labels = read_json(folder / "dataset.json"), np.load(folder / "labels.npy")
+            facts = read_json(folder / "dataset.json", "resolution", "classes", "vae", "scale")
+            labels = load_array(folder / "labels.npy", "i", None)
             if todo := np.sum(labels == TODO):
                 raise BadInput(f"{folder} lacks {todo} of its {len(labels)} images: run its --prepare again")
-            self.slots = np.flatnonzero(labels != SKIPPED)
-            self.images = np.load(folder / "images.npy", mmap_mode="r")
-            self.moments = np.load(folder / "moments.npy", mmap_mode="r") if facts["vae"] else None
+            self.slots, side = np.flatnonzero(labels != SKIPPED), facts["resolution"]
+            self.images = load_array(folder / "images.npy", "u", len(labels), 3, side, side)
+            self.moments = load_array(folder / "moments.npy", "f", len(labels), None, None, None) \
+                if facts["vae"] else None
         elif (folder / "vae-sd").is_dir():      # REPA's: an image file and an array file each
             self.images = Files(folder / "images", ENDINGS, lambda p: to_array(Image.open(p)))
             self.moments = Files(folder / "vae-sd", [".npy"],
@@ -474,9 +531,13 @@ class Data(Dataset):
             if not n or len(self.images.names) != n or not listing.is_file():
                 raise BadInput(f"{folder} has {len(self.images.names)} files in images/ and {n} latents in "
                                f"vae-sd/: they must be as many, and listed in vae-sd/dataset.json")
-            of = dict(read_json(listing)["labels"])
+            of = dict(read_json(listing, "labels")["labels"])
             if missing := set(self.moments.names) - of.keys():
                 raise BadInput(f"{listing} gives no label to {min(missing)}")
+            sizes = [(folder / "vae-sd" / name).stat().st_size for name in self.moments.names]
+            if len(set(sizes)) > 1:
+                raise BadInput(f"{folder}/vae-sd: {self.moments.names[np.argmin(sizes)]} has {min(sizes)} bytes, "
+                               f"others up to {max(sizes)}: it is cut short")
             self.slots, labels = np.arange(n), np.array([of[name] for name in self.moments.names])
             facts = {"vae": VAE_ENCODER, "scale": VAE_SCALE, "classes": list(range(labels.max() + 1))}
         else:
@@ -488,6 +549,9 @@ class Data(Dataset):
         self.vae, self.scale = facts["vae"], facts["scale"]
         if not len(self):
             raise BadInput(f"{folder} holds no image that could be read")
+        if not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
+            raise BadInput(f"{folder} has labels from {self.labels.min()} to {self.labels.max()}, where its "
+                           f"{len(self.classes)} classes are counted from 0")
         self.resolution = self.images[self.slots[0]].shape[-1]
         channels, *size = (self.moments if self.vae else self.images)[self.slots[0]].shape
         self.shape = (channels // 2 if self.vae else channels, *size)       # of a clean sample x0
@@ -671,13 +735,29 @@ def setup(args):
     if name == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=args.timeout))
+    torch.set_float32_matmul_precision("high")      # TF32, where fp32 would be multiplied
     return rank, int(os.environ.get("WORLD_SIZE", 1)), device
 
 
+def agreed(asked):
+    """Whether any process asks for it; also where a dead or hanging one is noticed. Raises Failure."""
+    if not dist.is_initialized():
+        return asked
+    flag = torch.tensor(int(asked))     # on the CPU: the host waits for the other hosts, not for the GPU
+    try:
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+    except RuntimeError as e:
+        raise Failure(LOST.format(brief(e))) from e
+    return bool(flag)
+
+
+LOST = "another process of this job died or hangs ({}): its own output says why; the same command goes on"
+
+
 def barrier():
-    if dist.is_initialized():
-        dist.barrier()
+    agreed(False)
 
 
 @contextlib.contextmanager
@@ -691,23 +771,138 @@ def first_on_node():
         barrier()
 
 
+@contextlib.contextmanager
+def exclusive(folder):
+    """Keeps other runs out of a run's folder while this one is in it. Raises BadInput where one is."""
+    if fcntl is None or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)       # a killed process lets go of it
+        except BlockingIOError as e:
+            f.seek(0)
+            raise BadInput(f"{folder} is in use by {f.read()}: wait for it, or choose another --exp-name") from e
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {socket.gethostname()}")
+        f.flush()
+        try:
+            yield
+        finally:
+            if os.listdir(folder) == ["lock"]:      # it never began
+                os.unlink(f.name)
+                for p in made:
+                    p.rmdir()
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Collects SIGTERM, SIGUSR1 (what schedulers send) and a first Ctrl-C; a second Ctrl-C acts at once."""
+    caught = []
+
+    def note(number, frame):
+        if number == signal.SIGINT and number in caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    numbers = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
+    before = [signal.signal(n, note) for n in numbers]
+    try:
+        yield caught
+    finally:
+        for n, handler in zip(numbers, before):
+            signal.signal(n, handler)
+
+
+STOP_SIGNALS = "SIGTERM", "SIGUSR1", "SIGINT"
+
+
+def ignore_stop_signals(worker):
+    """Loader processes live on, for the steps until their own process stops."""
+    for name in STOP_SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def write_file(path, write):
-    """Lets write(f) fill a temporary file, which takes its name when it is whole and on disk."""
+    """Lets write(f) fill a temporary file, which takes its name when it is whole and on disk; else it goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "w+b") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except BaseException as e:
+        part.unlink(missing_ok=True)
+        if isinstance(e.__context__, OSError):      # torch.save hides a full disk behind an error of its own
+            raise e.__context__
+        raise
+
+
+CHECKSUM = b"\nsha256 "      # and 64 hex digits end a checkpoint; readers of zip files pass over them
+
+
+def digest(f, size):
+    """The SHA-256 of the first `size` bytes of an open file."""
+    sha256 = hashlib.sha256()
+    f.seek(0)
+    while size > 0 and (data := f.read(min(size, 2 ** 24))):
+        sha256.update(data)
+        size -= len(data)
+    return sha256.hexdigest().encode()
+
+
+def write_checkpoint(path, state):
+    def write(f):
+        torch.save(state, f)
+        f.write(CHECKSUM + digest(f, f.tell()))
+    write_file(path, write)
+
+
+def is_whole(path):
+    """Reads a checkpoint through, against its checksum, or where it has none (REPA's) against those of zip."""
+    with open(path, "rb") as f:
+        sha256 = digest(f, path.stat().st_size - len(CHECKSUM) - 64)
+        end = f.read()
+    if end.startswith(CHECKSUM):
+        return end == CHECKSUM + sha256
+    try:
+        return zipfile.ZipFile(path).testzip() is None
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError):
+        return False
+
+
+def newest_checkpoint(folder, rank):
+    """The newest whole checkpoint in a folder, or None where there is none at all. Raises BadInput."""
+    paths, found = sorted(folder.glob("[0-9]*.pt"), reverse=True), [None]
+    for path in paths if rank == 0 else ():
+        if is_whole(path):
+            found = [str(path)]
+            break
+        print(f"warning: {path} is torn or damaged: passing over it")
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, device=torch.device("cpu"))
+    if paths and not found[0]:
+        raise BadInput(f"{folder} holds no whole checkpoint: to start anew, move it away")
+    return found[0] and Path(found[0])
 
 
 def write_json(path, value):
     write_file(path, lambda f: f.write(json.dumps(value).encode()))
 
 
-def read_json(path):
-    return json.loads(path.read_text())
+def read_json(path, *keys):
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise BadInput(f"{path} cannot be read ({brief(e)})") from e
+    if missing := [key for key in keys if key not in value]:
+        raise BadInput(f"{path} lacks {missing[0]!r}")
+    return value
 
 
 def write_grid(path, images, columns):
@@ -719,7 +914,7 @@ def load_file(path):
     """The dictionary in a .pt file, its `args` (a Namespace in REPA's) made one, too. Raises BadInput."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         args = saved.get("args", {})
     except Exception as e:      # a torn or foreign file can make torch.load raise anything
         raise BadInput(f"{path} cannot be read as a checkpoint ({brief(e)})") from e
@@ -754,6 +949,12 @@ def load_model(path, name):
     except (KeyError, RuntimeError) as e:
         raise BadInput(f"{path} holds no weights of a {name}: name the right --model ({brief(e)})") from e
     return model.eval(), args
+
+
+def autocast(precision, device):
+    """A function that opens the autocast of that precision; none for fp32."""
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return lambda: torch.autocast(device.type, half, enabled=half is not None)
 
 
 def load_vae(name, device):
@@ -816,20 +1017,84 @@ def settle(args, data, world):
     args.resolution = side
 
 
-def wrap(model, projector):
-    """DDP around the model; a projector not in training is frozen: DDP need search no unused parameter."""
-    model.projectors.requires_grad_(projector)
-    gc.collect()        # with an earlier wrapper go its gradient hooks
-    return DDP(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
+class Learner:
+    """The student in training, with its EMA, its optimizer and its loss scaler."""
+
+    def __init__(self, model, args, device):
+        args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+        self.model, self.net, self.args = model, model, args
+        self.ema, self.update_ema = copy.deepcopy(model).eval(), get_ema_multi_avg_fn(args.ema_decay)
+        self.ema.requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.999),
+                                           weight_decay=0.0, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+        self.autocast = autocast(args.precision, device)
+        model.grad_checkpoint = args.grad_checkpoint
+        if args.compile:
+            model.compile(dynamic=False)
+
+    def state_dict(self):
+        return {"model": self.model.state_dict(), "ema": self.ema.state_dict(),
+                "opt": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def resume(self, saved, path, config):
+        """Takes over a checkpoint. Raises BadInput if it is of another model, or of other data."""
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.ema.load_state_dict(saved["ema"])
+            self.optimizer.load_state_dict(saved["opt"])
+            self.scaler.load_state_dict(saved.get("scaler", {}))
+        except (KeyError, RuntimeError, ValueError) as e:
+            raise BadInput(f"{path} belongs to another model ({saved['args'].get('model')}) than this "
+                           f"{self.args.model}: choose another --exp-name, or its own flags ({brief(e)})") from e
+        for name in ("vae", "scale", "resolution"):
+            if (before := saved["args"].get(name, config[name])) != config[name]:
+                raise BadInput(f"{path} learned from data of {name} {before}, where {self.args.data_dir} has {name} "
+                               f"{config[name]}: choose another --exp-name, or its own --data-dir")
+
+    def wrap(self, projector):
+        """DDP around the model; a projector not in training is frozen: DDP need search no unused parameter."""
+        self.net = None
+        gc.collect()        # with an earlier wrapper go its gradient hooks
+        self.model.projectors.requires_grad_(projector)
+        self.net = self.model if not dist.is_initialized() else DDP(
+            self.model, gradient_as_bucket_view=True, static_graph=self.args.gradient_accumulation_steps == 1)
+
+    def step(self, x0, eps, t, labels, images=None, teacher=None):
+        """One step on this process's images. Returns, on the device, (6,): L, L_diff, L_REPA, L_ATTA, the norm of
+        the gradient, and 1 if it was not finite, so that every process left its weights as they were."""
+        args, parts, total = self.args, self.args.gradient_accumulation_steps, 0
+        shown = images.chunk(parts) if teacher else [None] * parts
+        for i, (*part, seen) in enumerate(zip(*(x.chunk(parts) for x in (x0, eps, t, labels)), shown)):
+            with contextlib.nullcontext() if i + 1 == parts or self.net is self.model else self.net.no_sync():
+                with self.autocast():
+                    target = teacher(seen) if teacher else None
+                    terms = losses(self.net, *part, target, args.lambda_r, args.lambda_a)
+                loss = terms[0] + args.lambda_r * terms[1] + args.lambda_a * terms[2]
+                trust = torch.where(loss.detach().isfinite(), 1.0, math.nan)    # told to all by the gradient
+                self.scaler.scale(loss * trust / parts).backward()
+            total = total + torch.stack([loss, *terms]).detach() / parts
+
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+        skipped = (~norm.isfinite()).float()
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped     # heeded on the device: no sync
+        self.optimizer.step()
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.update_ema(list(self.ema.parameters()), list(self.model.parameters()), None)
+        return torch.stack([*total, norm, skipped])
 
 
 class Log:
-    """Lines of metrics.jsonl, of TensorBoard and W&B if asked for. Raises BadInput if those are missing."""
+    """Lines of metrics.jsonl, of TensorBoard and W&B if asked for; in the first process alone. Raises BadInput."""
 
-    def __init__(self, run, args, step):
-        self.path, self.others = run / "metrics.jsonl", []
+    def __init__(self, run, args, step, rank):
+        self.path, self.others, self.rank = run / "metrics.jsonl", [], rank
+        if rank:
+            return
         if self.path.is_file():         # a killed run may have logged beyond its last checkpoint
-            lines = self.path.read_text().splitlines(True)
+            lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("}\n")]
             lines = [line for line in lines if json.loads(line)["step"] <= step]
             write_file(self.path, lambda f: f.write("".join(lines).encode()))
         try:
@@ -845,8 +1110,15 @@ class Log:
             raise BadInput(f"--tensorboard and --wandb need the package of that name ({brief(e)})") from e
 
     def __call__(self, **line):
-        with open(self.path, "a") as f:
-            f.write(json.dumps(line) + "\n")
+        if self.rank:
+            return
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        try:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(line) + "\n")
+        except OSError:
+            os.truncate(self.path, size)
+            raise
         for write in self.others:
             write(line)
 
@@ -859,23 +1131,65 @@ def memory_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if resource else 0
 
 
+MAX_SKIPPED = 50        # steps in a row that were not finite: then the run gives up
+MILESTONES = {100_000, 200_000, 250_000, 300_000, 400_000, 500_000, 2_000_000, 2_500_000, 3_000_000}     # the paper's
+
+
+def ahead(batches, device):
+    """Batches on the device: on CUDA each is copied, from pinned memory, while the one before is in use."""
+    stream = torch.cuda.Stream() if device.type == "cuda" else None
+    waiting = None
+    for batch in batches:
+        if stream is None:
+            yield {name: x.to(device) for name, x in batch.items()}
+            continue
+        if waiting:
+            torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.stream(stream):
+            coming = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+        if waiting:
+            yield waiting
+        waiting = coming
+        for x in waiting.values():
+            x.record_stream(torch.cuda.current_stream())
+    if waiting:
+        torch.cuda.current_stream().wait_stream(stream)
+        yield waiting
+
+
+def summarise(window, world):
+    """Of the steps in a window, each as Learner.step returns it: the means of those that were taken, and a list
+    that says of each whether it was skipped."""
+    table = torch.stack(window)
+    if world > 1:
+        dist.all_reduce(table)
+    table = (table / world).tolist()        # CPU-GPU sync point
+    names, good = ("loss", "loss_diff", "loss_repa", "loss_atta", "grad_norm"), [r for r in table if not r[-1]]
+    return {name: sum(x) / len(good) for name, x in zip(names, zip(*good))}, [bool(r[-1]) for r in table]
+
+
 def train(args):
-    """Trains args.model on args.data_dir to step args.max_train_steps, from the run's newest checkpoint."""
+    """Trains args.model on args.data_dir to step args.max_train_steps, from the run's newest whole checkpoint.
+
+    Returns None, or AGAIN where a signal asked it to stop before. Raises BadInput, and Failure."""
+    run = Path(args.output_dir) / args.exp_name
+    with exclusive(run), stop_signals() as caught:
+        return train_in(run, args, caught)
+
+
+def train_in(run, args, caught):
     # --- the processes, the data, the run's newest checkpoint
     rank, world, device = setup(args)
     data = Data(args.data_dir)
     settle(args, data, world)
-    run = Path(args.output_dir) / args.exp_name
-    newest = max((run / "checkpoints").glob("[0-9]*.pt"), default=None)
+    newest = newest_checkpoint(run / "checkpoints", rank)
     saved = load_file(newest) if newest else None
     step, last = saved["steps"] if saved else 0, args.max_train_steps
     tau = math.inf if args.tau in ("never", "auto") else args.tau
     if args.tau == "auto" and saved and saved.get("tau") is not None:
-        tau = saved["tau"]                                  # decided before the interruption: not asked again
-    local = args.batch_size // world                        # images of each step that this process sees,
-    micro = local // args.gradient_accumulation_steps       # and sees at once
-    rows = range(rank * local, (rank + 1) * local)          # their places in the global batch
-    weights = args.lambda_r, args.lambda_a
+        tau = saved["tau"]                          # decided before the interruption: not asked again
+    local = args.batch_size // world                # images of each step that this process sees
+    rows = slice(rank * local, (rank + 1) * local)  # their places in the global batch
 
     # --- the teacher, in phase I alone; the student, its EMA, the optimizer
     teacher, teacher_dim = None, len(saved["model"]["projectors.0.4.bias"]) if saved else 768
@@ -889,30 +1203,15 @@ def train(args):
         args.model, input_size=data.shape[1], in_channels=data.shape[0], num_classes=args.num_classes,
         class_dropout_prob=args.cfg_prob, attention_blocks=args.attention_blocks,
         feature_block=args.encoder_depth, teacher_dim=teacher_dim).to(device)
-    ema, update_ema = copy.deepcopy(model).eval().requires_grad_(False), get_ema_multi_avg_fn(args.ema_decay)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.999),
-                                  weight_decay=0.0, fused=device.type in ("cuda", "cpu"))
-    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    learner = Learner(model, args, device)
+    config = vars(args) | {"vae": data.vae, "scale": data.scale}
     if saved:
-        try:
-            model.load_state_dict(saved["model"])
-            ema.load_state_dict(saved["ema"])
-            optimizer.load_state_dict(saved["opt"])
-            scaler.load_state_dict(saved.get("scaler", {}))
-        except (KeyError, RuntimeError, ValueError) as e:
-            raise BadInput(f"{newest} belongs to another model ({saved['args'].get('model')}) than this "
-                           f"{args.model}: choose another --exp-name, or its own flags ({brief(e)})") from e
-    if args.compile:
-        model.compile()
+        learner.resume(saved, newest, config)
 
     # --- what the first process keeps and shows
-    config = vars(args) | {"vae": data.vae, "scale": data.scale}
-    log, vae, pictures = None, None, rank == 0 and args.sampling_steps > 0
+    log = Log(run, args, step, rank)
+    vae, pictures = None, rank == 0 and args.sampling_steps > 0
     if rank == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        log = Log(run, args, step)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{args.model}, {millions:.1f}M parameters, {args.precision} on {world} x {device.type}; "
               f"{len(data):,} images of {args.num_classes} classes; tau {args.tau}; "
@@ -927,80 +1226,70 @@ def train(args):
     del saved
 
     def save():
-        state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(),
-                 "scaler": scaler.state_dict(), "args": config, "steps": step,
-                 "tau": None if tau == math.inf else tau}
-        write_file(run / "checkpoints" / f"{step:07d}.pt", lambda f: torch.save(state, f))
+        state = {"args": config, "steps": step, "tau": None if tau == math.inf else tau}
+        write_checkpoint(run / "checkpoints" / f"{step:07d}.pt", learner.state_dict() | state)
+        for path in sorted((run / "checkpoints").glob("[0-9]*.pt"))[:-args.keep] if args.keep else ():
+            if int(path.stem) not in MILESTONES | {tau}:
+                path.unlink()
 
-    sums, logged, began = torch.zeros(5, device=device), step, time.perf_counter()
+    window, in_a_row, began = [], 0, time.perf_counter()
     bar = tqdm(total=last, initial=step, disable=rank > 0, dynamic_ncols=True)
     while step < last:
         # --- the switch: at tau everything of phase I is dropped at once
         phase_one = step < tau
         teacher = teacher if phase_one else None
-        net = None
-        net = wrap(model, projector=phase_one and args.lambda_r > 0)
+        learner.wrap(projector=phase_one and args.lambda_r > 0)
         bar.set_description("phase I" if phase_one else "phase II")
         steps = range(step, min(tau, last) if phase_one else last)
         order = requests(len(data), args, rows, steps, want_images=phase_one)
-        for batch in DataLoader(data, batch_size=None, sampler=order, num_workers=args.num_workers,
-                                pin_memory=device.type == "cuda"):
+        for batch in ahead(DataLoader(data, batch_size=None, sampler=order, num_workers=args.num_workers,
+                                      pin_memory=device.type == "cuda", worker_init_fn=ignore_stop_signals), device):
             # --- the gradient-angle trigger
             due = step >= args.tau_from and (step - args.tau_from) % args.tau_every == 0
             if phase_one and args.tau == "auto" and due:
                 cosines = measure_angles(model, teacher, data, args, step, rank, world, device)
                 mean = sum(cosines) / len(cosines)
-                if log:
-                    log(step=step, cosine=mean, **{f"cosine_t{t}": x for t, x in zip(TRIGGER_TIMES, cosines)})
-                    bar.write(f"step {step}: cosine of alignment's and denoising gradient {mean:+.4f}")
+                log(step=step, cosine=mean, **{f"cosine_t{t}": x for t, x in zip(TRIGGER_TIMES, cosines)})
+                bar.write(f"step {step}: cosine of alignment's and denoising gradient {mean:+.4f}")
                 if mean < args.tau_cosine:
                     tau = step
                     break
 
-            # --- the batch
-            batch = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
-            drawn = draw(args.batch_size, data.shape, device, args.seed, step)
-            t, u, eps, xi = (x[rows.start:rows.stop] for x in drawn)
+            # --- the batch; teacher, while step < tau; forward; backward; step; EMA
+            t, u, eps, xi = (x[rows] for x in draw(args.batch_size, data.shape, device, args.seed, step))
             x0, labels = data.x0(batch, xi), model.y_embedder.drop(batch["labels"], u)
-
-            # --- teacher, while step < tau; forward; backward
-            for start in range(0, local, micro):
-                part, final = slice(start, start + micro), start + micro == local
-                with contextlib.nullcontext() if final or net is model else net.no_sync():
-                    with torch.autocast(device.type, half, enabled=half is not None):
-                        target = teacher(batch["images"][part]) if phase_one else None
-                        terms = losses(net, x0[part], eps[part], t[part], labels[part], target, *weights)
-                    loss = terms[0] + weights[0] * terms[1] + weights[1] * terms[2]
-                    scaler.scale(loss * (micro / local)).backward()
-                sums[:4] += torch.stack([loss, *terms]).detach() * (micro / local)
-
-            # --- step, EMA
-            scaler.unscale_(optimizer)
-            sums[4] += nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            update_ema(list(ema.parameters()), list(model.parameters()), None)
+            window.append(learner.step(x0, eps, t, labels, batch.get("images"), teacher))
             step += 1
             bar.update()
 
             # --- everything below is diagnostics
-            if step % args.log_every == 0 or step == last:
-                if world > 1:
-                    dist.all_reduce(sums)
-                means = [x / world / (step - logged) for x in sums.tolist()]        # CPU-GPU sync point
-                rate = args.batch_size * (step - logged) / (time.perf_counter() - began)
-                if log:
-                    names = "loss", "loss_diff", "loss_repa", "loss_atta", "grad_norm"
-                    log(step=step, phase=1 if phase_one else 2, **dict(zip(names, means)),
-                        images_per_sec=rate, memory_gib=memory_gib(device))
-                    bar.set_postfix(loss=f"{means[0]:.4f}", images_per_sec=f"{rate:.0f}")
-                sums, logged, began = sums.zero_(), step, time.perf_counter()
+            asked = agreed(bool(caught))
+            if step % args.log_every == 0 or step == last or asked:
+                means, skips = summarise(window, world)
+                rate = args.batch_size * len(window) / (time.perf_counter() - began)
+                for s in (step - len(window) + i for i, skip in enumerate(skips) if skip):
+                    (indices, _), = requests(len(data), args, slice(0, args.batch_size), [s], False)
+                    log(step=s + 1, skipped=True, indices=indices.tolist())
+                log(step=step, phase=1 if phase_one else 2, **means, skipped_steps=sum(skips),
+                    images_per_sec=rate, memory_gib=memory_gib(device))
+                bar.set_postfix(loss=means.get("loss", math.nan), images_per_sec=int(rate))
+                in_a_row = in_a_row + len(skips) if all(skips) else skips[::-1].index(False)
+                if in_a_row >= MAX_SKIPPED:
+                    raise Failure(
+                        f"the loss or its gradient was not finite in the last {in_a_row} steps, which were skipped: "
+                        f"see {log.path} for their images; try --precision bf16 or fp32, or a lower --learning-rate")
+                window, began = [], time.perf_counter()
             paused = time.perf_counter()
-            if rank == 0 and (step % args.checkpointing_steps == 0 or step in (tau, last)):
+            if rank == 0 and (step % args.checkpointing_steps == 0 or step in (tau, last) or asked):
                 save()
+            if asked and step < last:
+                bar.write(f"stopped by {signal.Signals(caught[0]).name if caught else 'another process'} after "
+                          f"step {step}, which is saved: the same command goes on")
+                barrier()
+                return AGAIN
             if pictures and (step % args.sampling_steps == 0 or step == last):
-                images = sample_grid(ema, vae, data.scale, args, device)
+                with learner.autocast():
+                    images = sample_grid(learner.ema, vae, data.scale, args, device)
                 write_grid(run / "samples" / f"{step:07d}.png", images, columns=8)
             began += time.perf_counter() - paused       # not counted in images a second
     bar.close()
@@ -1051,7 +1340,8 @@ def sample_from(args):
     noise = seeded_noise(model.to(device), len(args.labels), args.seed, device)
     labels, guidance = torch.tensor(args.labels, device=device), (args.guidance_low, args.guidance_high)
     torch.manual_seed(args.seed)        # the SDE draws from torch's own stream
-    x = sample(model, noise, labels, args.num_steps, args.cfg_scale, guidance, args.mode, progress=True)
+    with autocast(args.precision or ("bf16" if device.type == "cuda" else "fp32"), device)():
+        x = sample(model, noise, labels, args.num_steps, args.cfg_scale, guidance, args.mode, progress=True)
     write_grid(Path(args.out), to_images(x, vae, made.get("scale", VAE_SCALE)), columns=min(8, len(labels)))
     print(f"{args.out}: {len(labels)} samples of {args.sample}, {args.mode} {args.num_steps}, "
           f"guidance {args.cfg_scale}")
@@ -1135,7 +1425,8 @@ def demo(args, given):
                    f"--output-dir {args.output_dir} --exp-name demo --batch-size 64 --learning-rate 2e-3 "
                    f"--ema-decay 0.99 --tau 350 --max-train-steps 700 --checkpointing-steps 350 "
                    f"--sampling-steps 350 --cfg-scale 2 --log-every 50 --num-workers 0", *given)
-    train(args)
+    if train(args) == AGAIN:
+        return AGAIN
     saved = sorted((home / "checkpoints").glob("[0-9]*.pt"))
     sample_from(command(f"--sample {saved[-1]} --labels {' '.join(str(i % 10) for i in range(40))} "
                         f"--num-steps 50 --cfg-scale 2 --out {home}/letters.png"))
@@ -1230,10 +1521,13 @@ def parse(argv):
     flag("--cfg-prob", type=share, default=0.1, help="label dropout, for guidance [%(default)s]")
     flag("--precision", choices=("bf16", "fp16", "fp32"), help="[bf16 on CUDA, fp32 elsewhere]")
     flag("--compile", action="store_true", help="torch.compile the student")
+    flag("--grad-checkpoint", action="store_true", help="less memory for more time")
     flag("--device", choices=("cuda", "mps", "cpu"), help="[the best there is]")
     flag("--seed", type=number(int, 0), default=0, help="[%(default)s]")
     flag("--log-every", type=count, default=100, help="steps between lines of metrics.jsonl [%(default)s]")
     flag("--checkpointing-steps", type=count, default=50_000, help="steps between checkpoints [%(default)s]")
+    flag("--keep", type=count, metavar="N", help="the newest, and the paper's milestones [all]")
+    flag("--timeout", type=count, default=1800, help="seconds to wait for a lost process [%(default)s]")
     flag("--sampling-steps", type=number(int, 0), default=10_000, help="between grids; 0: none [%(default)s]")
     flag("--tensorboard", action="store_true", help="log there, too")
     flag("--wandb", metavar="PROJECT", help="log there, too")
@@ -1255,20 +1549,25 @@ def parse(argv):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
+    argv, code = sys.argv[1:] if argv is None else argv, 0
     try:
         args = parse(argv)
         if args.demo:
-            demo(args, [a for a in argv if a != "--demo"])
+            code = demo(args, [a for a in argv if a != "--demo"])
         else:
-            (prepare if args.prepare else sample_from if args.sample else train)(args)
-    except BadInput as e:
+            code = (prepare if args.prepare else sample_from if args.sample else train)(args)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (BadInput, Failure, OSError) as e:
         # Mistakes in the flags are the same in every process; one that shows later may be one process's own.
         if os.environ.get("RANK", "0") == "0" or dist.is_initialized():
-            print(f"haste.py: {e}", file=sys.stderr)
-        sys.exit(2)
+            told = f"{e}; what was saved before is whole" if isinstance(e, OSError) else e
+            print(f"haste.py: {told}", file=sys.stderr, flush=True)
+        sys.exit(getattr(e, "code", 1))
     if dist.is_initialized():
         dist.destroy_process_group()
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":
