@@ -628,8 +628,11 @@ class Crops(Dataset):
         return Crops, (self.folder, self.names, self.size, self.path)
 
     def __getitem__(self, i):
+        path = os.path.join(self.folder, self.names[i])
         try:
-            with Image.open(os.path.join(self.folder, self.names[i])) as image:
+            if not os.path.isfile(path):        # nothing would ever come out of a pipe
+                raise OSError("no regular file")
+            with Image.open(path) as image:
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I"):      # 16-bit grey, which convert() would clip to white
                     image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
@@ -742,18 +745,12 @@ def setup(args):
 
 
 def agreed(asked):
-    """Whether any process asks for it; also where a dead or hanging one is noticed. Raises Failure."""
+    """Whether any process asks for it. The hosts wait for each other here, but not for their GPUs."""
     if not dist.is_initialized():
         return asked
-    flag = torch.tensor(int(asked))     # on the CPU: the host waits for the other hosts, not for the GPU
-    try:
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-    except RuntimeError as e:
-        raise Failure(LOST.format(brief(e))) from e
+    flag = torch.tensor(int(asked))
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
-
-
-LOST = "another process of this job died or hangs ({}): its own output says why; the same command goes on"
 
 
 def barrier():
@@ -1173,11 +1170,11 @@ def train(args):
 
     Returns None, or AGAIN where a signal asked it to stop before. Raises BadInput, and Failure."""
     run = Path(args.output_dir) / args.exp_name
-    with exclusive(run), stop_signals() as caught:
-        return train_in(run, args, caught)
+    with exclusive(run), stop_signals() as caught, contextlib.ExitStack() as stack:
+        return train_in(run, args, caught, stack)
 
 
-def train_in(run, args, caught):
+def train_in(run, args, caught, stack):
     # --- the processes, the data, the run's newest checkpoint
     rank, world, device = setup(args)
     data = Data(args.data_dir)
@@ -1233,7 +1230,7 @@ def train_in(run, args, caught):
                 path.unlink()
 
     window, in_a_row, began = [], 0, time.perf_counter()
-    bar = tqdm(total=last, initial=step, disable=rank > 0, dynamic_ncols=True)
+    bar = stack.enter_context(tqdm(total=last, initial=step, disable=rank > 0, dynamic_ncols=True))
     while step < last:
         # --- the switch: at tau everything of phase I is dropped at once
         phase_one = step < tau
@@ -1292,7 +1289,6 @@ def train_in(run, args, caught):
                     images = sample_grid(learner.ema, vae, data.scale, args, device)
                 write_grid(run / "samples" / f"{step:07d}.png", images, columns=8)
             began += time.perf_counter() - paused       # not counted in images a second
-    bar.close()
     barrier()
 
 
@@ -1564,6 +1560,11 @@ def main(argv=None):
             told = f"{e}; what was saved before is whole" if isinstance(e, OSError) else e
             print(f"haste.py: {told}", file=sys.stderr, flush=True)
         sys.exit(getattr(e, "code", 1))
+    except RuntimeError as e:
+        if not (dist.is_initialized() and any(word in str(e).lower() for word in ("gloo", "nccl", "connection"))):
+            raise
+        sys.exit(f"haste.py: another process of this job died or hangs ({brief(e)}): its own output may say why; "
+                 f"the same command goes on from the last checkpoint")
     if dist.is_initialized():
         dist.destroy_process_group()
     if code:

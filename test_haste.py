@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: MIT
 """What haste.py promises, in the order of the file. Run: python -m pytest -q"""
 import argparse
-import io
 import json
 import math
 import os
+import resource
+import shutil
+import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -17,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import haste
 
@@ -88,14 +92,15 @@ def same(a, b):
     return a == b
 
 
-def complaint(capsys, argv):
-    """The one sentence that a mistake gets on stderr, with exit code 2."""
+def complaint(capsys, argv, code=2):
+    """The one sentence on stderr that a mistake gets with exit code 2, and a fault with 1."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         haste.main([str(a) for a in argv])
     err = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and err.startswith("haste.py: ") and "\n" not in err and "Traceback" not in err, err
-    return err
+    told = err[err.find("haste.py: "):]         # a progress bar may stand before it
+    assert stop.value.code == code and told.startswith("haste.py: ") and "\n" not in told and "Traceback" not in err, err
+    return told
 
 
 # ---- 1. The student ------------------------------------------------------------------------------------------
@@ -303,6 +308,54 @@ def test_attention_loss_survives_logit_gaps_past_100(dtype):
         loss = haste.attention_loss([(q, k)], [(away.flip(2), k.flip(2))])
     loss.backward()
     assert loss.dtype == torch.float32 and loss.isfinite() and loss > 50 and q.grad.isfinite().all()
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation returns."""
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            self.numel = max(self.numel, x.numel() if isinstance(x, torch.Tensor) else 0)
+        return out
+
+
+def naive_attention_loss(q, k, q_t, k_t):
+    a = torch.softmax(q_t @ k_t.mT / q_t.shape[-1] ** 0.5, -1)
+    return -(a * torch.log_softmax(q @ k.mT / q.shape[-1] ** 0.5, -1)).sum(-1).mean()
+
+
+@pytest.mark.parametrize("piece", [1, 14, 2 ** 18])
+def test_attention_loss_has_the_gradient_of_the_naive_formula_in_whatever_pieces(piece, monkeypatch):
+    monkeypatch.setattr(haste, "MAP_PIECE", piece)
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, 7, d, dtype=torch.float64, requires_grad=d == 5) for d in (5, 5, 4, 4)]
+    assert torch.autograd.gradcheck(haste.CrossEntropyOfMaps.apply, inputs)
+    mine, naive = haste.CrossEntropyOfMaps.apply(*inputs), naive_attention_loss(*inputs)
+    assert mine.item() == pytest.approx(naive.item(), rel=1e-12)
+    for a, b in zip(torch.autograd.grad(3 * mine, inputs[:2]), torch.autograd.grad(3 * naive, inputs[:2])):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
+def test_attention_loss_in_halves_is_that_of_the_same_numbers_in_fp64(dtype, tolerance):
+    torch.manual_seed(0)
+    q, k = ((6 * torch.randn(2, 16, 33, 72)).to(dtype).requires_grad_() for _ in "qk")      # gaps of some hundreds
+    q_t, k_t = ((3 * torch.randn(2, 12, 33, 64)).to(dtype) for _ in "qk")
+    wide = [x.detach().double()[:, :12].requires_grad_() for x in (q, k)]
+    loss, exact = haste.attention_loss([(q, k)], [(q_t, k_t)]), naive_attention_loss(*wide, q_t.double(), k_t.double())
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+    for x, y in zip(torch.autograd.grad(loss, (q, k)), torch.autograd.grad(exact, wide)):
+        assert (x[:, :12] - y).norm() < tolerance * y.norm() and not x[:, 12:].any()        # the last four heads are free
+
+
+@pytest.mark.parametrize("N", [1024, 4096])
+def test_the_memory_of_attention_loss_grows_with_n_not_its_square(N):
+    inputs = [torch.randn(1, 1, N, 8, requires_grad=i < 2) for i in range(4)]
+    with Largest() as mine:
+        haste.attention_loss([inputs[:2]], [inputs[2:]]).backward()
+    assert mine.numel <= 2 ** 18 and (N < 4096 or mine.numel <= N ** 2 / 60)
 
 
 def test_the_diffusion_loss_by_hand_and_a_term_of_weight_0_left_out():
@@ -700,6 +753,282 @@ def test_two_processes_share_the_work_of_prepare(world, tmp_path):
     assert two.wait() == 0, two.stderr.read()
     assert (tmp_path / "out" / "images.npy").read_bytes() == (world / "data" / "images.npy").read_bytes()
     assert (tmp_path / "out" / "labels.npy").read_bytes() == (world / "data" / "labels.npy").read_bytes()
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(world, tmp_path):
+    haste.main(flags(world, tmp_path, exp_name="kept"))
+    haste.main(flags(world, tmp_path, exp_name="anew", grad_checkpoint=True))
+    assert same(checkpoint(tmp_path, 6, "kept")["model"], checkpoint(tmp_path, 6, "anew")["model"])
+
+
+def test_compiled_it_traces_each_phase_once_whatever_t_labels_and_step(world, tmp_path, monkeypatch):
+    from torch._dynamo.testing import CompileCounter
+    traced = CompileCounter()
+    monkeypatch.setattr(haste.SiT, "compile", lambda self, **kw: nn.Module.compile(self, backend=traced, fullgraph=True, **kw))
+    haste.main(flags(world, tmp_path, compile=True))
+    assert traced.frame_count == 2 and len(metrics(tmp_path)) == 6
+
+
+# --- Faults: nothing is lost, and the same command goes on
+
+def finish(process, code):
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, (process.returncode, out, err)
+    assert "Traceback" not in err, err
+    return out, err
+
+
+def wait_for(path, process, count=1):
+    while len(list(path.parent.glob(path.name))) < count:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("name, processes", [("SIGTERM", 0), ("SIGUSR1", 0), ("SIGINT", 0), ("SIGTERM", 2)])
+def test_a_signal_makes_one_checkpoint_at_the_next_step_and_an_exit_code_that_says_again(world, tmp_path, name, processes):
+    argv = flags(world, tmp_path, max_train_steps=100_000, tau=20, checkpointing_steps=100_000)
+    run = launch(argv, processes)
+    wait_for(tmp_path / "run" / "checkpoints" / "0000020.pt", run)     # which is at tau
+    run.send_signal(getattr(signal, name))
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == haste.AGAIN or processes, err
+    step = max(int(p.stem) for p in (tmp_path / "run" / "checkpoints").glob("*.pt"))
+    assert 20 < step < 100_000 and checkpoint(tmp_path, step)["steps"] == step and f"after step {step}" in out
+    assert metrics(tmp_path)[-1]["step"] == step
+    haste.main(flags(world, tmp_path, max_train_steps=step + 1, tau=20))
+    assert checkpoint(tmp_path, step + 1)["steps"] == step + 1
+
+
+def test_a_torn_or_altered_checkpoint_is_named_and_the_one_before_it_used(world, tmp_path, capsys):
+    haste.main(flags(world, tmp_path, max_train_steps=4))
+    newest, rng = tmp_path / "run" / "checkpoints" / "0000004.pt", np.random.default_rng(0)
+    good = newest.read_bytes()
+    assert haste.is_whole(newest)
+    for cut in rng.integers(0, len(good), 20):
+        newest.write_bytes(good[:cut])
+        assert not haste.is_whole(newest), cut
+    for place in rng.integers(0, len(good), 20):
+        newest.write_bytes(good[:place] + bytes([good[place] ^ (1 << place % 8)]) + good[place + 1:])
+        assert not haste.is_whole(newest), place
+    haste.main(flags(world, tmp_path))
+    out = capsys.readouterr().out
+    assert f"{newest} is torn" in out and "resuming " + str(newest).replace("0004", "0003") in out and haste.is_whole(newest)
+    for path in newest.parent.iterdir():
+        path.write_bytes(b"")
+    assert "no whole checkpoint" in complaint(capsys, flags(world, tmp_path))
+
+
+def test_keep_leaves_the_newest_tau_and_the_papers_milestones(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(haste, "MILESTONES", {2})
+    haste.main(flags(world, tmp_path, checkpointing_steps=1, keep=1, tau=4))
+    assert sorted(p.stem for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["0000002", "0000004", "0000006"]
+
+
+def poisoned(world, folder, slots):
+    """The world's latents, those in some slots not finite."""
+    shutil.copytree(world / "latents", folder)
+    np.load(folder / "moments.npy", mmap_mode="r+")[slots] = np.nan
+    return folder
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_step_that_is_not_finite_is_skipped_by_all_alike_and_logged_with_its_images(world, latents, tmp_path, processes):
+    data = poisoned(world, tmp_path / "data", [7])
+    run = launch(flags(world, tmp_path, data_dir=data, max_train_steps=10, log_every=5), processes)
+    finish(run, 0)
+    lines, saved = metrics(tmp_path), checkpoint(tmp_path, 10)
+    skipped = [m for m in lines if m.get("skipped")]
+    order = np.concatenate([i for i, _ in haste.requests(40, argparse.Namespace(batch_size=8, seed=0), slice(0, 8), range(10), False)])
+    steps = [s + 1 for s in range(10) if 7 in order[8 * s:8 * s + 8]]
+    assert [m["step"] for m in skipped] == steps and len(steps) == 2 and all(7 in m["indices"] and len(m["indices"]) == 8 for m in skipped)
+    assert all(x.isfinite().all() for part in ("model", "ema") for x in saved[part].values())
+    assert sum(m["skipped_steps"] for m in lines if "phase" in m) == 2 and all(math.isfinite(m["loss"]) for m in lines if "phase" in m)
+    assert saved["opt"]["state"][1]["step"] == 8
+
+
+def test_a_loss_alone_that_is_not_finite_skips_the_step(world, tmp_path, monkeypatch):
+    real = haste.losses
+    monkeypatch.setattr(haste, "losses", lambda *a: (real(*a)[0] + math.inf, *real(*a)[1:]))
+    haste.main(flags(world, tmp_path, max_train_steps=2, checkpointing_steps=1))
+    assert same(checkpoint(tmp_path, 1)["model"], checkpoint(tmp_path, 2)["model"]) and sum("skipped" in m for m in metrics(tmp_path)) == 2
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run_and_leave_the_last_good_checkpoint(world, latents, tmp_path, capsys, monkeypatch):
+    haste.main(flags(world, tmp_path, data_dir=latents, max_train_steps=2, tau=0))
+    before = (tmp_path / "run" / "checkpoints" / "0000002.pt").read_bytes()
+    monkeypatch.setattr(haste, "MAX_SKIPPED", 6)
+    data = poisoned(world, tmp_path / "data", slice(None))
+    err = complaint(capsys, flags(world, tmp_path, data_dir=data, max_train_steps=100, tau=0, checkpointing_steps=50), code=1)
+    assert "not finite" in err and "6 steps" in err and "--precision" in err
+    assert (tmp_path / "run" / "checkpoints" / "0000002.pt").read_bytes() == before and len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
+
+
+def test_two_runs_in_one_folder_the_second_is_told_the_firsts_process(world, tmp_path, capsys):
+    first = launch(flags(world, tmp_path, max_train_steps=100_000))
+    wait_for(tmp_path / "run" / "metrics.jsonl", first)
+    assert f"process {first.pid}" in complaint(capsys, flags(world, tmp_path))
+    first.kill()
+    first.wait()
+    haste.main(flags(world, tmp_path, max_train_steps=1, exp_name="other"))
+
+
+@pytest.mark.parametrize("limit, what", [(200_000, "checkpoint"), (300, "metrics.jsonl"), (1500, "--prepare")])
+def test_a_full_disk_gets_a_sentence_and_leaves_no_torn_file(world, tmp_path, limit, what):
+    """Here a limit on the size of a file, as far as a program can tell the same."""
+    full = dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    if what == "--prepare":
+        _, err = finish(launch(["--prepare", world / "images", "--data-dir", tmp_path / "out", "--resolution", 64, "--vae", "none"], **full), 1)
+        assert not (tmp_path / "out" / "dataset.json").exists()
+    else:
+        _, err = finish(launch(flags(world, tmp_path), **full), 1)
+        assert [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()] is not None
+        assert not list((tmp_path / "run").rglob("*.part")) and not list((tmp_path / "run").rglob("*.pt"))
+    assert "File too large" in err and err.strip().splitlines()[-1].startswith("haste.py: ")
+
+
+def test_a_process_that_hangs_ends_the_job_within_the_set_time(world, tmp_path):
+    run = launch(flags(world, tmp_path, max_train_steps=100_000, timeout=5), processes=2)
+    wait_for(tmp_path / "run" / "metrics.jsonl", run)
+    children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGSTOP)
+    began = time.time()
+    try:
+        _, err = run.communicate(timeout=90)
+    finally:
+        subprocess.run(["kill", "-9", *children], stderr=subprocess.DEVNULL)
+    assert run.returncode and "another process of this job died or hangs" in err and time.time() - began < 60
+
+
+DAMAGES = {
+    "images.npy is missing or cut short": lambda d: (d / "images.npy").write_bytes((d / "images.npy").read_bytes()[:-1]),
+    "labels.npy is missing or cut short": lambda d: (d / "labels.npy").write_bytes(b""),
+    "images.npy is uint8 (39, 3, 8, 8)": lambda d: np.save(d / "images.npy", np.load(d / "images.npy")[1:]),
+    "images.npy is float64": lambda d: np.save(d / "images.npy", np.load(d / "images.npy").astype(float)),
+    "labels from 0 to 9": lambda d: np.save(d / "labels.npy", np.r_[np.load(d / "labels.npy")[1:], 9]),
+    "labels from -7 to 3": lambda d: np.save(d / "labels.npy", np.r_[np.load(d / "labels.npy")[1:], -7]),
+    "dataset.json cannot be read": lambda d: (d / "dataset.json").write_text("{"),
+    "dataset.json lacks 'vae'": lambda d: (d / "dataset.json").write_text('{"resolution": 8, "classes": ["a"]}'),
+    "Python objects": lambda d: np.save(d / "labels.npy", np.array([{}]), allow_pickle=True),
+}
+
+
+@pytest.mark.parametrize("sentence", DAMAGES)
+def test_damaged_data_is_told_at_the_start(world, tmp_path, capsys, sentence):
+    shutil.copytree(world / "data", tmp_path / "data")
+    DAMAGES[sentence](tmp_path / "data")
+    assert sentence in complaint(capsys, flags(world, tmp_path / "out", data_dir=tmp_path / "data"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_resumed_run_is_told_that_its_data_changed(world, latents, tmp_path, capsys):
+    haste.main(flags(world, tmp_path, data_dir=latents, max_train_steps=1))
+    shutil.copytree(latents, tmp_path / "data")
+    facts = json.loads((latents / "dataset.json").read_text())
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(facts | {"vae": "another"}))
+    assert "vae stub" in complaint(capsys, flags(world, tmp_path, data_dir=tmp_path / "data"))
+    haste.main(flags(world, tmp_path, max_train_steps=1, exp_name="pixels"))
+    repa_layout(tmp_path / "repa")
+    name = tmp_path / "repa" / "vae-sd" / "00000" / "img-mean-std-00000003.npy"
+    name.write_bytes(name.read_bytes()[:-9])
+    assert "00000003.npy has" in complaint(capsys, flags(world, tmp_path, data_dir=tmp_path / "repa"))
+
+
+def test_prepare_finishes_over_a_hostile_tree_and_lists_what_it_left_out(tmp_path, capsys):
+    a = tmp_path / "src" / "a"
+    a.mkdir(parents=True)
+    Image.new("RGB", (20, 20), "red").save(a / "good.png")
+    (a / "empty.png").write_bytes(b"")
+    (a / "text.jpg").write_text("no picture")
+    (a / "cut.png").write_bytes((a / "good.png").read_bytes()[:40])
+    Image.new("1", (30_000, 30_000)).save(a / "bomb.png")
+    Image.new("RGB", (20, 20), "blue").save(a / "new\nline.png")
+    Image.new("RGB", (20, 20), "blue").save(os.fsencode(a) + b"/\xff\xfe.png")
+    (a / "loop").symlink_to(tmp_path / "src")
+    (a / "nowhere.png").symlink_to(tmp_path / "gone.png")
+    os.mkfifo(a / "pipe.png")
+    (a / "folder.png").mkdir()
+    haste.main(["--prepare", f"{tmp_path}/src", "--data-dir", f"{tmp_path}/out", "--resolution", "8", "--vae", "none", "--num-workers", "1"])
+    out = capsys.readouterr().out
+    assert "3 images of 1 classes" in out and "6 could not be read" in out
+    assert all(name in out for name in ("empty.png", "text.jpg", "cut.png", "bomb.png", "nowhere.png", "pipe.png"))
+    assert len(haste.Data(tmp_path / "out")) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes, kills", [(0, 20), (2, 10)])
+def test_killed_at_any_instant_it_ends_the_same(world, tmp_path, processes, kills):
+    rng = np.random.default_rng(processes)
+    kinds = [dict(), dict(tau="auto", tau_from=4, tau_every=4, tau_images=8, tau_cosine=0.9), dict(gradient_accumulation_steps=2),
+             dict(precision="fp16")]
+    for kind, more in enumerate(kinds):
+        given = dict(max_train_steps=30, tau=12, checkpointing_steps=3) | more
+        began = time.time()
+        finish(launch(flags(world, tmp_path, exp_name=f"whole{kind}", **given), processes), 0)
+        length = time.time() - began
+        for k in range(kind, kills, len(kinds)):
+            run = launch(flags(world, tmp_path, exp_name=f"killed{k}", **given), processes, start_new_session=True)
+            time.sleep(rng.uniform(0.3, 1.0) * length)
+            if run.poll() is None:
+                os.killpg(run.pid, signal.SIGKILL)
+            run.communicate()
+            finish(launch(flags(world, tmp_path, exp_name=f"killed{k}", **given), processes), 0)
+            whole, killed = checkpoint(tmp_path, 30, f"whole{kind}"), checkpoint(tmp_path, 30, f"killed{k}")
+            assert all(same(whole[part], killed[part]) for part in ("model", "ema", "opt", "scaler", "steps", "tau")), (kind, k)
+
+
+@pytest.mark.slow
+def test_memory_files_and_threads_are_flat_over_3000_steps(world, tmp_path):
+    run = launch(flags(world, tmp_path, max_train_steps=3000, tau=1500, checkpointing_steps=500, log_every=100, num_workers=1))
+    seen = []
+    while run.poll() is None:
+        lines = metrics(tmp_path) if (tmp_path / "run" / "metrics.jsonl").is_file() else []
+        try:
+            status = Path(f"/proc/{run.pid}/status").read_text()
+            facts = [int(status.split(key)[1].split()[0]) for key in ("VmRSS:", "Threads:")]
+            seen.append((lines[-1]["step"] if lines else 0, *facts, len(os.listdir(f"/proc/{run.pid}/fd"))))
+        except (OSError, IndexError):
+            break
+        time.sleep(0.5)
+    finish(run, 0)
+    early = max(rss for step, rss, _, _ in seen if 100 < step <= 500)
+    assert max(rss for step, rss, _, _ in seen if step > 500) < 1.02 * early
+    for phase in (range(100, 1400), range(1700, 2900)):
+        assert len({threads for step, _, threads, _ in seen if step in phase}) <= 2 and len({files for step, _, _, files in seen if step in phase}) <= 3
+
+
+@pytest.mark.slow
+def test_500_bad_inputs_get_a_sentence_and_leave_nothing(world, tmp_path, capsys):
+    hypothesis = pytest.importorskip("hypothesis")
+    from hypothesis import strategies as st
+    words = st.one_of(st.text(max_size=8), st.integers(-3, 10).map(str), st.floats().map(str), st.sampled_from(["", "nan", "-1", "1e9", "auto", "/", "."]))
+    names = [a for a in haste.parse([]).__dict__ if a not in ("demo", "bench", "compile", "tensorboard", "wandb", "timeout", "num_workers")]
+
+    @hypothesis.settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(st.sampled_from(names), words)
+    def flags_of_any_kind(name, word):
+        out = tmp_path / "out"
+        argv = flags(world, out, max_train_steps=1, tau=0) + [f"--{name.replace('_', '-')}={word}".replace("\\0", "")]
+        try:
+            haste.main(argv)
+        except SystemExit as stop:
+            assert stop.code in (1, 2) and "\\n" not in capsys.readouterr().err.strip().split("haste.py: ")[-1]
+            assert not list(out.rglob("*.part"))
+        shutil.rmtree(out, ignore_errors=True)
+
+    @hypothesis.settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.given(st.sampled_from(["images.npy", "labels.npy", "dataset.json"]), st.integers(0, 10 ** 6), st.binary(max_size=9))
+    def datasets_of_any_kind(name, place, data):
+        folder = tmp_path / "data"
+        shutil.copytree(world / "data", folder, dirs_exist_ok=True)
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:place % len(whole)] + data)
+        try:
+            haste.main(flags(world, tmp_path / "out", data_dir=folder, max_train_steps=1, tau=0))
+        except SystemExit as stop:
+            assert stop.code == 2
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    flags_of_any_kind()
+    datasets_of_any_kind()
 
 
 # ---- 9. Pictures ---------------------------------------------------------------------------------------------
