@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """FID, sFID, Inception Score, precision and recall as ADM's TensorFlow evaluator computes them, in PyTorch.
 
-    torchrun --nproc_per_node=8 evaluate.py --ckpt runs/NAME/checkpoints/0400000.pt --ref REF   # 50,000 samples
+    torchrun --nproc_per_node=8 evaluate.py --ckpt runs/NAME/checkpoints/0400000.pt --ref REF
     python evaluate.py --samples SAMPLES --ref REF     # .npz, folder of images, prepared dataset
     python evaluate.py --make-ref IMAGES --out ref.npz # the statistics of images, under ADM's keys
 
@@ -590,8 +590,8 @@ def warnings(samples, images_of_ref):
     if n < 50_000:
         lacks = f", fewer than the {POOL:,} features, so that the covariance lacks rank" if n <= POOL else ""
         yield (f"{n:,} samples{lacks}: FID is biased upwards, by a term in 1/n (Chong and Forsyth, 2020); a "
-               f"CIFAR-10 model had 5.12 with 50,000 and 9.75 with 5,000 ({FID_SOURCE}), by which rule it would "
-               f"have {5.12 + FID_BIAS * (1 / n - 1 / 50_000):.3g} with {n:,}")
+               f"CIFAR-10 model had 5.12 with 50,000 and 9.75 with 5,000 ({FID_SOURCE}), by which rule it "
+               f"would have {5.12 + FID_BIAS * (1 / n - 1 / 50_000):.3g} with {n:,}")
 
 
 def stamp(path):
