@@ -82,7 +82,7 @@ class Inception(nn.Module):
 
     def __init__(self, weights=None):
         super().__init__()
-        with torch.device("cpu" if weights == "random" else "meta"):   # no time lost on weights to overwrite
+        with torch.device("meta"):      # no time lost on weights to overwrite
             net = timm.create_model("inception_v3", pretrained=False, num_classes=LOGITS, aux_logits=False)
         randomise(net) if weights == "random" else load_weights(net, weights)
         net.eval()
@@ -122,12 +122,14 @@ def load_weights(net, path):
 def randomise(net):
     """Weights of a fixed seed that keep activations alive: He, and batch norm set by one pass over noise."""
     g = torch.Generator().manual_seed(2015)
-    for m in net.modules():
+    for m in net.to_empty(device="cpu").modules():
         if isinstance(m, (nn.Conv2d, nn.Linear)):
-            m.weight.data = torch.randn(m.weight.shape, generator=g) * (2 / m.weight[0].numel()) ** 0.5
+            m.weight.data.normal_(0, (2 / m.weight[0].numel()) ** 0.5, generator=g)
         if isinstance(m, nn.BatchNorm2d):
+            m.reset_parameters()
             m.momentum = 1.0
-    noise = F.interpolate(torch.rand(8, 3, 38, 38, generator=g) * 2 - 1, 299, mode="bilinear")
+    nn.init.zeros_(net.fc.bias)
+    noise = F.interpolate(torch.rand(4, 3, 38, 38, generator=g) * 2 - 1, 299, mode="bilinear")
     with torch.no_grad():
         net.train()(noise)
 
