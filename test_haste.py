@@ -718,13 +718,12 @@ def test_sample_draws_the_labels_asked_for_from_the_ema(world, latents, tmp_path
 
 # ---- 10. The demo --------------------------------------------------------------------------------------------
 
-def test_the_demo_is_a_row_of_ordinary_commands(tmp_path, monkeypatch, capsys):
+def test_the_demo_is_a_row_of_ordinary_commands(tiny, tmp_path, monkeypatch, capsys):
     real, draw, render = haste.fit, haste.sample, haste.render_glyphs
     monkeypatch.setattr(haste, "fit", lambda net, loss, inputs, steps, title: real(net, loss, inputs, 2, title))
     monkeypatch.setattr(haste, "sample", lambda *a, **kw: draw(*a, **kw | {"steps": 2}) if "steps" in kw
                         else draw(*a[:3], 2, *a[4:], **kw))
     monkeypatch.setattr(haste, "render_glyphs", lambda n, seed: render(min(n, 200), seed))
-    shrink(monkeypatch)
     haste.main(["--demo", "--output-dir", str(tmp_path), "--tau", "1", "--max-train-steps", "2"])
     out, home = capsys.readouterr().out.splitlines(), tmp_path / "demo"
     commands = [line.split()[2:] for line in out if line.startswith("$ python ")]
@@ -831,15 +830,12 @@ class TinyInception(nn.Module):
         return (x @ self.w).sin().split([24, 20, 12], dim=1)
 
 
-def shrink(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda f: None)        # no waiting for a disk that others use
-    for name, value in {"Inception": TinyInception, **SMALL}.items():
-        monkeypatch.setattr(evaluate, name, value)
-
-
 @pytest.fixture
 def tiny(monkeypatch):
-    shrink(monkeypatch)
+    """TinyInception in place of the Inception, one thread, and no waiting for the disk."""
+    for name, value in {"Inception": TinyInception, **SMALL}.items():
+        monkeypatch.setattr(evaluate, name, value)
+    monkeypatch.setattr(os, "fsync", lambda f: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)        # at these sizes threads wait for one another more than they compute
     yield
