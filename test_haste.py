@@ -1277,14 +1277,14 @@ def test_progress_that_cannot_be_used_is_not(tiny, runs, tmp_path, monkeypatch, 
 
 
 def test_two_processes_draw_and_measure_what_one_does(tiny, runs, tmp_path):
-    one = score(*drawing(runs, tmp_path / "one", save_npz=tmp_path / "one.npz", num_samples=22))
+    one = score(*drawing(runs, tmp_path / "one", save_npz=tmp_path / "one.npz", num_samples=42))
     script = tmp_path / "tiny_evaluate.py"
     script.write_text(f"import sys; sys.path.insert(0, {str(Path(HASTE).parent)!r})\n"
                       "import evaluate, test_haste\n"
                       "vars(evaluate).update(test_haste.SMALL, Inception=test_haste.TinyInception)\n"
                       "evaluate.main()\n")
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-    argv = drawing(runs, tmp_path / "two", save_npz=tmp_path / "two.npz", num_samples=22)
+    argv = drawing(runs, tmp_path / "two", save_npz=tmp_path / "two.npz", num_samples=42)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run([*torchrun, script, *argv], env=env, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
