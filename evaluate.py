@@ -160,8 +160,11 @@ class Moments:
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """mu (d,), sigma (d, d) of two Gaussians, in float64. R^T S_2 R has the eigenvalues of S_1 S_2 and is
     symmetric; clamping them at 0 stays right where a covariance lacks full rank, as sqrtm does not."""
-    w, V = scipy.linalg.eigh(sigma1, driver="evd", check_finite=False)
-    R = V * np.sqrt(w.clip(0))
+    try:
+        R = scipy.linalg.cholesky(sigma1, lower=True, check_finite=False)
+    except scipy.linalg.LinAlgError:        # it lacks full rank: fewer images than features
+        w, V = scipy.linalg.eigh(sigma1, driver="evd", check_finite=False)
+        R = V * np.sqrt(w.clip(0))
     shared = scipy.linalg.eigvalsh(R.T @ sigma2 @ R, check_finite=False)
     apart = ((mu1 - mu2) ** 2).sum()
     return float(apart + np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(shared.clip(0)).sum())
