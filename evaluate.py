@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: MIT
 """FID, sFID, Inception Score, precision and recall as ADM's TensorFlow evaluator computes them, in PyTorch.
 
-    torchrun --nproc_per_node=8 evaluate.py --ckpt runs/SiT-XL-2/checkpoints/0400000.pt --ref VIRTUAL_imagenet256_labeled.npz
-    python evaluate.py --samples SAMPLES --ref REF           # each an ADM .npz, a folder of images, or --prepare's folder
-    python evaluate.py --make-ref IMAGES --out ref.npz       # the statistics of images, under ADM's keys
+    torchrun --nproc_per_node=8 evaluate.py --ckpt runs/NAME/checkpoints/0400000.pt --ref REF
+    python evaluate.py --samples SAMPLES --ref REF     # .npz, folder of images, prepared dataset
+    python evaluate.py --make-ref IMAGES --out ref.npz # the statistics of images, under ADM's keys
 
     FID, sFID   |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) of the pooled and the spatial features
     IS          exp(mean sum p (log p - log mean p)), the mean over splits of 5,000 samples
-    precision   the share of samples within a reference image's distance to its third neighbour; recall: vice versa
+    precision   the share of samples that lie nearer to a reference image than its third neighbour does
+    recall      the share of reference images that lie as near to a sample
 
-The reference statistics and the protocol are those of openai/guided-diffusion, which DiT, SiT, REPA and HASTE report with.
+REF is what openai/guided-diffusion published (VIRTUAL_imagenet256_labeled.npz), which DiT, SiT, REPA and
+HASTE report with; so is the protocol. Samples are measured as they are drawn: none need be kept.
 """
-import argparse
+import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid
@@ -35,18 +39,20 @@ from tqdm import tqdm
 import haste
 from haste import BadInput, barrier, brief, number, write_file
 
-POOL, SPATIAL, LOGITS, SPLIT = 2048, 2023, 1008, 5000
-WEIGHTS = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+POOL, SPATIAL, LOGITS, SPLIT, NEIGHBOURS, OF_REF = 2048, 2023, 1008, 5000, 3, 10_000
+WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
 RANDOM = "random features: comparable only with itself"
 
 
-# ---- 1. The network: the Inception of 2015-12-05 -------------------------------------------------------------
+# ---- 1. The network: the Inception of 2015-12-05 -----------------------------------------------------------
 
 def tf1_resize(x, size=299):
-    """x (B, C, H, W) float in 0..255 -> (B, C, 299, 299): TensorFlow 1's bilinear, with neither half-pixel centres nor
-    aligned corners. As gathers, it equals TensorFlow's to the bit."""
+    """x (B, C, H, W) float in 0..255 -> (B, C, 299, 299): TensorFlow 1's bilinear, with neither half-pixel
+    centres nor aligned corners. As gathers, it equals TensorFlow's to the bit."""
     def grid(n):
-        at = torch.arange(size, dtype=torch.float32, device=x.device) * torch.tensor(n / size, dtype=torch.float32)
+        scale = torch.tensor(n / size, dtype=torch.float32)
+        at = torch.arange(size, dtype=torch.float32, device=x.device) * scale
         low = at.floor().long()
         return low, (low + 1).clamp(max=n - 1), at - low
     (top, bottom, dy), (left, right, dx) = grid(x.shape[2]), grid(x.shape[3])
@@ -55,7 +61,7 @@ def tf1_resize(x, size=299):
 
 
 class Pooled(nn.Module):
-    """An Inception block's pooling branch, which pools the block's input x as TensorFlow did, whatever timm pooled."""
+    """An Inception block's pooling branch, which pools the block's input x as TensorFlow did, unlike timm."""
 
     def __init__(self, conv, maximum):
         super().__init__()
@@ -70,23 +76,15 @@ class Pooled(nn.Module):
 
 
 class Inception(nn.Module):
-    """images (B, 3, H, W) uint8 -> pool (B, 2048), spatial (B, 2023), logits (B, 1008) without bias, all fp32.
+    """images (B, 3, H, W) uint8 -> pool (B, 2048), spatial (B, 2023), logits (B, 1008) without bias, in fp32.
 
     weights: a file with the converted weights, "random", or None to download them. Raises BadInput."""
 
     def __init__(self, weights=None):
         super().__init__()
-        net = timm.create_model("inception_v3", pretrained=False, num_classes=LOGITS, aux_logits=False)
-        if weights == "random":
-            randomise(net)
-        else:
-            try:
-                load = torch.hub.load_state_dict_from_url
-                state = torch.load(weights, map_location="cpu", weights_only=True) if weights else load(WEIGHTS, check_hash=True)
-                net.load_state_dict(state, strict=True)
-            except Exception as e:      # no network, a torn file, another network's weights
-                hint = "" if weights else f"; without internet, get {WEIGHTS} and pass it as --inception FILE"
-                raise BadInput(f"the weights {weights or 'of the FID Inception'} could not be loaded ({brief(e)}){hint}") from e
+        with torch.device("meta"):      # no time lost on weights to overwrite
+            net = timm.create_model("inception_v3", pretrained=False, num_classes=LOGITS, aux_logits=False)
+        randomise(net) if weights == "random" else load_weights(net, weights)
         net.eval()
         for m in net.modules():         # batch norm goes into the convolution before it
             if hasattr(m, "conv") and hasattr(m, "bn"):
@@ -102,35 +100,54 @@ class Inception(nn.Module):
     def forward(self, images):
         x = (tf1_resize(images.float()) - 128) / 128
         pool = self.net.forward_features(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))
-        spatial = self.spatial.permute(0, 2, 3, 1).flatten(1)       # in TensorFlow's order: height, width, channel
+        spatial = self.spatial.permute(0, 2, 3, 1).flatten(1)   # TensorFlow's order: height, width, channel
         return pool, spatial, pool @ self.net.fc.weight.T
 
 
+def load_weights(net, path):
+    """Puts the weights of that file, or of the download, into net. Raises BadInput."""
+    try:
+        if path:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            state = torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", check_hash=True)
+        net.load_state_dict(state, strict=True, assign=True)
+        net.float()
+    except Exception as e:      # no network, a torn file, another network's weights
+        hint = "" if path else f"; without internet, get {WEIGHTS_URL} and pass it as --inception FILE"
+        raise BadInput(f"{path or WEIGHTS} could not be loaded as the FID Inception's weights "
+                       f"({brief(e)}){hint}") from e
+
+
 def randomise(net):
-    """Weights of a fixed seed that keep the activations alive: He, and batch norm set by one pass over noise."""
+    """Weights of a fixed seed that keep activations alive: He, and batch norm set by one pass over noise."""
     g = torch.Generator().manual_seed(2015)
-    for m in net.modules():
+    for m in net.to_empty(device="cpu").modules():
         if isinstance(m, (nn.Conv2d, nn.Linear)):
-            m.weight.data = torch.randn(m.weight.shape, generator=g) * (2 / m.weight[0].numel()) ** 0.5
+            m.weight.data.normal_(0, (2 / m.weight[0].numel()) ** 0.5, generator=g)
         if isinstance(m, nn.BatchNorm2d):
+            m.reset_parameters()
             m.momentum = 1.0
-    noise = F.interpolate(torch.rand(8, 3, 38, 38, generator=g) * 2 - 1, 299, mode="bilinear")
+    nn.init.zeros_(net.fc.bias)
+    noise = F.interpolate(torch.rand(4, 3, 38, 38, generator=g) * 2 - 1, 299, mode="bilinear")
     with torch.no_grad():
         net.train()(noise)
 
 
-# ---- 2. The metrics ------------------------------------------------------------------------------------------
+# ---- 2. The metrics ----------------------------------------------------------------------------------------
 
 class Moments:
     """Mean and covariance of features (B, d) that stream by, as sums in double precision."""
 
     def __init__(self, d, device):
-        self.n, self.sum, self.outer = 0, torch.zeros(d, dtype=torch.float64, device=device), None
-        self.outer = torch.zeros(d, d, dtype=torch.float64, device=device)
+        self.n, self.sum, self.outer = (
+            torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((), (d,), (d, d)))
 
     def add(self, x):
         x = x.double()
-        self.n, self.sum, self.outer = self.n + len(x), self.sum.add_(x.sum(0)), self.outer.addmm_(x.T, x)
+        self.n += len(x)
+        self.sum += x.sum(0)
+        self.outer.addmm_(x.T, x)
 
     def statistics(self):
         mean = self.sum / self.n
@@ -138,69 +155,90 @@ class Moments:
         return mean.cpu().numpy(), covariance.cpu().numpy()
 
 
-# |mu_1 - mu_2|^2 + tr S_1 + tr S_2 - 2 sum_i sqrt(lambda_i),  lambda the eigenvalues of R^T S_2 R,  S_1 = R R^T
+# |mu_1 - mu_2|^2 + tr S_1 + tr S_2 - 2 sum_i sqrt(lambda_i)
+#          with lambda the eigenvalues of R^T S_2 R, and S_1 = R R^T
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """mu (d,), sigma (d, d) of two Gaussians, in float64. Two symmetric eigenvalue problems: S_1 S_2 has the eigenvalues
-    of R^T S_2 R, and clamping them at 0 stays right where a covariance lacks full rank, as sqrtm does not."""
-    w, V = scipy.linalg.eigh(sigma1, driver="evd", check_finite=False)
-    R = V * np.sqrt(w.clip(0))
+    """mu (d,), sigma (d, d) of two Gaussians, in float64. R^T S_2 R has the eigenvalues of S_1 S_2 and is
+    symmetric; clamping them at 0 stays right where a covariance lacks full rank, as sqrtm does not."""
+    try:
+        R = scipy.linalg.cholesky(sigma1, lower=True, check_finite=False)
+    except scipy.linalg.LinAlgError:        # it lacks full rank: fewer images than features
+        w, V = scipy.linalg.eigh(sigma1, driver="evd", check_finite=False)
+        R = V * np.sqrt(w.clip(0))
     shared = scipy.linalg.eigvalsh(R.T @ sigma2 @ R, check_finite=False)
-    return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(shared.clip(0)).sum())
+    apart = ((mu1 - mu2) ** 2).sum()
+    return float(apart + np.trace(sigma1) + np.trace(sigma2) - 2 * np.sqrt(shared.clip(0)).sum())
 
 
 class InceptionScore:
     """Sums for exp(mean over a split of sum p (log p - log mean p)), kept for each split of 5,000 samples."""
 
     def __init__(self, n, device):
-        splits = -(-n // SPLIT)
-        self.p = torch.zeros(splits, LOGITS, dtype=torch.float64, device=device)
-        self.entropy = torch.zeros(splits, dtype=torch.float64, device=device)
-        self.counts = torch.tensor([min(SPLIT, n - i * SPLIT) for i in range(splits)], device=device)
+        sizes = [min(SPLIT, n - start) for start in range(0, n, SPLIT)]
+        self.sizes = torch.tensor(sizes, dtype=torch.float64, device=device)
+        self.p = torch.zeros(len(sizes), LOGITS, dtype=torch.float64, device=device)
+        self.entropy = torch.zeros(len(sizes), dtype=torch.float64, device=device)
 
-    def add(self, logits, places):
-        log_p, split = logits.double().log_softmax(1), torch.as_tensor(places, device=logits.device) // SPLIT
+    def add(self, logits, rows):
+        """logits (B, 1008) of the samples with these numbers."""
+        split = torch.tensor(rows, device=logits.device) // SPLIT
+        log_p = logits.double().log_softmax(1)
         self.p.index_add_(0, split, log_p.exp())
         self.entropy.index_add_(0, split, (log_p.exp() * log_p).sum(1))
 
     def score(self):
-        mean = self.p / self.counts[:, None]
-        return (self.entropy / self.counts - torch.xlogy(mean, mean).sum(1)).exp().mean().item()
+        mean = self.p / self.sizes[:, None]
+        return (self.entropy / self.sizes - torch.xlogy(mean, mean).sum(1)).exp().mean().item()
 
 
 def squared_distances(a, b):
     return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
 
 
-def radii(x, k=3, block=2000):
-    """The squared distance from each x (n, d) to its k-th neighbour."""
-    return torch.cat([squared_distances(part, x).kthvalue(k + 1).values for part in x.split(block)])    # itself first
+def radii(x, k=NEIGHBOURS, block=2000):
+    """The squared distance from each x (n, d) to its k-th neighbour; itself comes first."""
+    return torch.cat([squared_distances(part, x).kthvalue(k + 1).values for part in x.split(block)])
 
 
 def inside(x, centres, reach, block=2000):
     """The share of x that lies within reach (squared) of any of centres."""
-    return torch.cat([(squared_distances(part, centres) <= reach).any(1) for part in x.split(block)]).float().mean().item()
+    hits = [(squared_distances(part, centres) <= reach).any(1) for part in x.split(block)]
+    return torch.cat(hits).double().mean().item()
 
 
-# ---- 3. Where images come from -------------------------------------------------------------------------------
+# ---- 3. Where images come from -----------------------------------------------------------------------------
+
+def keys_of(path):
+    """The names of the arrays in an .npz. Raises BadInput."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return {name.removesuffix(".npy") for name in file.namelist()}
+    except (zipfile.BadZipFile, OSError) as e:
+        raise BadInput(f"{path} is no whole .npz file ({brief(e)})") from e
+
 
 class Npz(Dataset):
     """arr_0 of an ADM .npz, (n, H, W, 3) uint8, read in rows from the file, never as a whole."""
 
     def __init__(self, path):
         self.path, self.file = path, None
-        shape, _, dtype = self.open()
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+        try:
+            shape, fortran, dtype = self.open()
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+            raise BadInput(f"{path}: arr_0 cannot be read ({brief(e)})") from e
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
             hint = ": it is NCHW, transpose it to NHWC" if len(shape) == 4 and shape[1] == 3 else ""
-            raise BadInput(f"{path}: arr_0 is {dtype} {shape}, not uint8 (n, H, W, 3){hint}")
-        self.shape = shape
-        if self.file.seek(0, 2) - self.start < np.prod(shape):
+            order = " in Fortran's order" if fortran else ""
+            raise BadInput(f"{path}: arr_0 is {dtype} {shape}{order}, not uint8 (n, H, W, 3){hint}")
+        if self.size - self.start < np.prod(shape):
             raise BadInput(f"{path}: arr_0 is cut short")
-        self.file = None        # each loader process opens its own
+        self.shape, self.file = shape, None     # each loader process opens its own
 
     def open(self):
-        self.file = zipfile.ZipFile(self.path).open("arr_0.npy")
-        version = np.lib.format.read_magic(self.file)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        with zipfile.ZipFile(self.path) as archive:
+            self.file, self.size = archive.open("arr_0.npy"), archive.getinfo("arr_0.npy").file_size
+        old = np.lib.format.read_magic(self.file) == (1, 0)
+        header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
         described = header(self.file)
         self.start = self.file.tell()
         return described
@@ -212,11 +250,15 @@ class Npz(Dataset):
         return self.shape[0]
 
     def __getitem__(self, rows):
-        if self.file is None:
-            self.open()
         each = int(np.prod(self.shape[1:]))
-        self.file.seek(self.start + rows.start * each)
-        images = np.frombuffer(self.file.read(len(rows) * each), np.uint8).reshape(len(rows), *self.shape[1:])
+        try:
+            if self.file is None:
+                self.open()
+            self.file.seek(self.start + rows.start * each)
+            images = np.frombuffer(self.file.read(len(rows) * each), np.uint8)
+            images = images.reshape(len(rows), *self.shape[1:])
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+            raise BadInput(f"{self.path}: arr_0 is damaged near image {rows.start} ({brief(e)})") from e
         return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
 
@@ -232,6 +274,9 @@ class Folder(Dataset):
     def read(self, path):
         try:
             with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image)
+                if image.mode.startswith("I"):      # 16-bit grey, which convert() would clip to white
+                    image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
                 return haste.to_array(image)
         except Exception as e:      # a broken file can make Pillow raise anything
             raise BadInput(f"{path} cannot be read ({brief(e)})") from e
@@ -243,13 +288,13 @@ class Folder(Dataset):
         images = [self.read(self.paths[i]) for i in rows]
         for i, image in zip(rows, images):
             if image.shape[1:] != self.shape[1:3]:
-                raise BadInput(f"{self.paths[i]} is {image.shape[2]} x {image.shape[1]}, where {self.paths[0].name} is "
-                               f"{self.shape[2]} x {self.shape[1]}: images must be of one size")
+                raise BadInput(f"{self.paths[i]} is {size_of((1, *image.shape[1:]))}, and {self.paths[0]} "
+                               f"{size_of(self.shape)}: images must be of one size")
         return torch.from_numpy(np.stack(images))
 
 
 class Prepared(Dataset):
-    """The images of a dataset that `haste.py --prepare` made."""
+    """The images of a dataset that `haste.py --prepare`, or REPA's preprocessing, made."""
 
     def __init__(self, folder):
         self.data = haste.Data(folder)
@@ -259,137 +304,431 @@ class Prepared(Dataset):
         return len(self.data)
 
     def __getitem__(self, rows):
-        return self.data[np.array(rows), True]["images"]
+        try:
+            return self.data[np.array(rows), True]["images"]
+        except (ValueError, OSError) as e:      # of REPA's files: a broken one, or one of another size
+            raise BadInput(f"{self.data.folder}, images {rows.start} to {rows.stop - 1}: {brief(e)}") from e
 
 
-def open_images(path):
+def size_of(shape):
+    return f"{shape[2]} x {shape[1]}"       # (n, H, W, ...): width first, as people say it
+
+
+def open_images(path, what="samples"):
     """The images at path, as a dataset that gives (B, 3, H, W) uint8 for a range of rows. Raises BadInput."""
     path = Path(path)
     if path.is_dir():
-        return Prepared(path) if (path / "labels.npy").is_file() or (path / "vae-sd").is_dir() else Folder(path)
-    if not path.is_file():
+        prepared = (path / "labels.npy").is_file() or (path / "vae-sd").is_dir()
+        images = Prepared(path) if prepared else Folder(path)
+    elif not path.is_file():
         raise BadInput(f"there is no file or folder {path}")
-    try:
-        return Npz(path)
-    except (KeyError, zipfile.BadZipFile, ValueError, EOFError, OSError) as e:
-        if isinstance(e, BadInput):
-            raise
-        what = "holds no images under arr_0" if isinstance(e, KeyError) else "is no whole .npz file"
-        raise BadInput(f"{path} {what} ({brief(e)})") from e
+    elif "arr_0" in (keys := keys_of(path)):
+        images = Npz(path)
+    else:
+        raise BadInput(f"{path} holds {', '.join(sorted(keys)) or 'nothing'}, but no images under arr_0")
+    if len(images) < 2:
+        raise BadInput(f"{path}: a covariance needs at least two images, and there are {len(images)}")
+    return images
 
 
 def read_statistics(path):
-    """{"pool": (mu, sigma), "spatial": (mu, sigma)} of an .npz with ADM's keys; None where there are none. BadInput."""
-    if not zipfile.is_zipfile(path):
+    """{"pool": (mu, sigma), "spatial": (mu, sigma)} of an .npz with ADM's keys, or None. Raises BadInput."""
+    if not Path(path).is_file() or "mu" not in (keys := keys_of(path)):
         return None
-    with np.load(path, allow_pickle=False) as file:
-        if "mu" not in file.files:
-            return None
-        if "mu_s" not in file.files or "sigma_s" not in file.files:
-            raise BadInput(f"{path} has mu and sigma but not mu_s and sigma_s: it is a statistics file of pytorch-fid or clean-fid, "
-                           f"whose resizing differs from ADM's, so that a FID against it is another number")
-        found = {"pool": (file["mu"], file["sigma"]), "spatial": (file["mu_s"], file["sigma_s"])}
-    for (name, (mu, sigma)), d in zip(found.items(), (POOL, SPATIAL)):
+    if not {"sigma", "mu_s", "sigma_s"} <= keys:
+        raise BadInput(f"{path} holds {', '.join(sorted(keys))}, but not all of mu, sigma, mu_s, sigma_s: "
+                       f"pytorch-fid and clean-fid write such files, but they resize images in other ways "
+                       f"than ADM, so that a FID against theirs is another number")
+    found = {}
+    for kind, end, d in (("pool", "", POOL), ("spatial", "_s", SPATIAL)):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                mu, sigma = file[f"mu{end}"].astype(np.float64), file[f"sigma{end}"].astype(np.float64)
+        except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+            raise BadInput(f"{path}: mu{end} and sigma{end} cannot be read ({brief(e)})") from e
         if mu.shape != (d,) or sigma.shape != (d, d):
-            raise BadInput(f"{path}: the {name} statistics are {mu.shape} and {sigma.shape}, not ({d},) and ({d}, {d})")
+            raise BadInput(f"{path}: mu{end} is {mu.shape} and sigma{end} {sigma.shape}, "
+                           f"not ({d},) and ({d}, {d})")
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise BadInput(f"{path}: the {name} statistics are not finite")
-    return {name: (mu.astype(np.float64), sigma.astype(np.float64)) for name, (mu, sigma) in found.items()}
+            raise BadInput(f"{path}: mu{end} or sigma{end} is not finite")
+        found[kind] = mu, sigma
+    return found
+
+
+def open_reference(path):
+    """(statistics or None, images or None) of a reference. Raises BadInput."""
+    statistics = read_statistics(path)
+    alone = statistics and "arr_0" not in keys_of(path)
+    return statistics, None if alone else open_images(path)
 
 
 class Generated:
-    """Samples of a checkpoint's EMA: sample i is a function of (seed, batch size, i), whatever the number of processes."""
+    """Samples of a checkpoint's EMA: batch i is a function of (seed, i), whatever the number of processes."""
 
     def __init__(self, args, device):
         self.args, self.device = args, device
         self.model, made = haste.load_model(args.ckpt, args.model)
+        if args.cfg_scale != 1:
+            self.model.null_label       # raises BadInput for a model that has none
+        encoder = made.get("vae", haste.VAE_ENCODER)
+        self.vae = haste.load_decoder(encoder, args, device)
+        default = haste.VAE_DECODER if encoder == haste.VAE_ENCODER else encoder
+        self.vae_name = (args.vae or default) if self.vae else "none: pixels"
         self.model.to(device)
-        self.vae = haste.load_decoder(made.get("vae", haste.VAE_ENCODER), args, device)
-        self.scale, self.classes = made.get("scale", haste.VAE_SCALE), self.model.y_embedder.num_classes
-        side = to_side(self.model.input_size, self.vae)
-        self.shape = (args.num_samples, side, side, 3)
-        rng = np.random.default_rng(args.seed)
-        labels = rng.permutation(np.arange(args.num_samples) % self.classes) if args.balanced else \
-            rng.integers(self.classes, size=args.num_samples)
+        self.scale, classes = made.get("scale", haste.VAE_SCALE), self.model.y_embedder.num_classes
+        try:
+            side = self.decode(torch.zeros_like(haste.seeded_noise(self.model, 1, 0, device))).shape[-1]
+        except RuntimeError as e:
+            raise BadInput(f"{self.vae_name} cannot decode what {args.ckpt} draws ({brief(e)})") from e
+        self.shape, rng = (args.num_samples, side, side, 3), np.random.default_rng(args.seed)
+        if args.balanced:       # but in random order: sorted by class, they would spoil the splits of IS
+            labels = rng.permutation(np.arange(args.num_samples) % classes)
+        else:
+            labels = rng.integers(classes, size=args.num_samples)
         self.labels = torch.from_numpy(labels).to(device)
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
-        self.autocast = lambda: torch.autocast(device.type, half, enabled=half is not None)
+
+    def decode(self, x):
+        return haste.to_images(x, self.vae, self.scale)
 
     def __len__(self):
         return self.args.num_samples
 
     def __getitem__(self, rows):
         args, labels = self.args, self.labels[rows.start:rows.stop]
-        key = int(np.random.SeedSequence((args.seed, rows.start)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-        noise = haste.seeded_noise(self.model, len(rows), key, self.device)
-        torch.manual_seed(key)
-        with self.autocast():
+        keys = np.random.SeedSequence((args.seed, rows.start)).generate_state(2, np.uint64) >> np.uint64(1)
+        noise = haste.seeded_noise(self.model, len(rows), int(keys[0]), self.device)
+        torch.manual_seed(int(keys[1]))      # of the SDE: the same key would bring the same numbers again
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
+        with torch.autocast(self.device.type, half, enabled=half is not None):
             x = haste.sample(self.model, noise, labels, args.num_steps, args.cfg_scale,
                              (args.guidance_low, args.guidance_high), args.mode)
-        return haste.to_images(x, self.vae, self.scale)
+        return self.decode(x)
 
 
-def to_side(latent, vae):
-    return latent * 2 ** (len(vae.config.block_out_channels) - 1) if vae else latent
+# ---- 4. One pass over images -------------------------------------------------------------------------------
+
+class Batches(Dataset):
+    """Images for loader processes; a BadInput is handed over: raised there, a traceback would wrap it."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __getitem__(self, rows):
+        try:
+            return self.images[rows]
+        except BadInput as e:
+            return e
 
 
-# ---- 4. One pass over images ---------------------------------------------------------------------------------
+def read(images, requests, args):
+    """images[rows] for each of the ranges requested: drawn here, or read by args.num_workers processes."""
+    if isinstance(images, Generated):
+        yield from (images[rows] for rows in requests)
+        return
+    for batch in DataLoader(Batches(images), batch_size=None, sampler=requests, num_workers=args.num_workers):
+        if isinstance(batch, BadInput):
+            raise batch
+        yield batch
+
+
+class Gathered:
+    """What a pass keeps of the features of n images: sums of a fixed size, and the pooled ones if wanted."""
+
+    def __init__(self, n, device, keep_pool):
+        home = torch.device("cpu") if device.type == "mps" else device      # MPS has no fp64
+        self.pool, self.spatial = Moments(POOL, home), Moments(SPATIAL, home)
+        self.score, self.kept, self.keep_pool, self.home = InceptionScore(n, home), [], keep_pool, home
+
+    def sums(self):
+        return [self.pool.n, self.pool.sum, self.pool.outer, self.spatial.n, self.spatial.sum,
+                self.spatial.outer, self.score.p, self.score.entropy]
+
+    def add(self, rows, pool, spatial, logits):
+        self.pool.add(pool.to(self.home))
+        self.spatial.add(spatial.to(self.home))
+        self.score.add(logits.to(self.home), rows)
+        if self.keep_pool:
+            self.kept.append(pool.cpu())
+
+    def pooled(self):
+        return torch.cat(self.kept) if self.kept else torch.zeros(0, POOL)
+
+    def merge(self):
+        """Adds up the sums, and joins the features, of all processes."""
+        if not dist.is_initialized():
+            return
+        for x in self.sums():
+            dist.all_reduce(x)
+        self.kept, mine = [None] * dist.get_world_size(), self.pooled()
+        dist.all_gather_object(self.kept, mine)
+
+    def save(self, path, done):
+        state = {"done": done, "sums": self.sums(), "kept": self.pooled()}
+        write_file(path, lambda f: torch.save(state, f))
+
+    def load(self, path):
+        """How many batches the file at path holds, whose sums it takes over; 0 with a file that is torn."""
+        if not path.is_file():
+            return 0
+        try:
+            saved = haste.load_file(path)
+        except BadInput as e:
+            print(f"warning: {e}: starting anew", flush=True)
+            return 0
+        for x, y in zip(self.sums(), saved["sums"], strict=True):
+            x.copy_(y)
+        self.kept = [saved["kept"]]
+        return saved["done"]
+
+    def statistics(self):
+        return {"pool": self.pool.statistics(), "spatial": self.spatial.statistics()}
+
 
 def measure(images, net, args, rank, world, device, title, keep_pool=False, state=None, arrays=None):
-    """(statistics {"pool", "spatial"}, Inception Score, pooled features or None) of images, shared among the processes.
+    """Gathered of all images, of which each process takes every world-th batch.
 
     state: a file that lets a killed pass go on; arrays: a memory map (n, H, W, 3) that takes the images."""
     n, B = len(images), args.batch_size
     mine = [range(start, min(start + B, n)) for start in range(rank * B, n, world * B)]
-    moments = {"pool": Moments(POOL, device), "spatial": Moments(SPATIAL, device)}
-    score, kept, done = InceptionScore(n, device), [], 0
-    part = state and Path(f"{state}.{rank}of{world}")
-    if part and part.is_file():
-        saved = haste.load_file(part)
-        done, kept, score.p, score.entropy = saved["done"], [saved["kept"]], saved["p"].to(device), saved["entropy"].to(device)
-        for name, m in moments.items():
-            m.n, m.sum, m.outer = saved[f"{name}_n"], saved[f"{name}_sum"].to(device), saved[f"{name}_outer"].to(device)
-
-    def save():
-        tensors = {f"{name}_{k}": getattr(m, k) for name, m in moments.items() for k in ("n", "sum", "outer")}
-        pool = torch.cat(kept) if kept else torch.zeros(0, POOL)
-        write_file(part, lambda f: torch.save(tensors | {"done": done, "kept": pool, "p": score.p, "entropy": score.entropy}, f))
-
-    batches = (images[rows] for rows in mine[done:]) if isinstance(images, Generated) else \
-        DataLoader(images, batch_size=None, sampler=mine[done:], num_workers=args.num_workers)
-    bar, last = tqdm(total=n, initial=min(n, done * B * world), desc=title, unit=" images", disable=rank > 0), time.time()
-    for rows, batch in zip(mine[done:], batches):
-        if arrays is not None:
-            arrays[rows.start:rows.stop] = batch.permute(0, 2, 3, 1).cpu().numpy()
-        pool, spatial, logits = net(batch.to(device))
-        moments["pool"].add(pool)
-        moments["spatial"].add(spatial)
-        score.add(logits, rows)
-        kept += [pool.cpu()] if keep_pool else []
-        done += 1
-        bar.update(min(len(rows) * world, n - bar.n))
-        if part and time.time() - last > args.save_every:
-            save()
-            last = time.time()
-    bar.close()
-    if part:
-        save()
-    pools = torch.cat(kept).to(device) if kept else torch.zeros(0, POOL, device=device)
-    if world > 1:
-        for m in moments.values():
-            count = torch.tensor(m.n, device=device)
-            for x in (count, m.sum, m.outer):
-                dist.all_reduce(x)
-            m.n = count.item()
-        dist.all_reduce(score.p)
-        dist.all_reduce(score.entropy)
-        gathered = [None] * world
-        dist.all_gather_object(gathered, pools.cpu())
-        pools = torch.cat(gathered).to(device)
-    return {name: m.statistics() for name, m in moments.items()}, score.score(), pools if keep_pool else None
+    gathered = Gathered(n, device, keep_pool)
+    done, saved = gathered.load(state) if state else 0, time.time()
+    first = min(n, done * B * world)
+    if first and rank == 0:
+        show(f"resuming after {first:,} of {n:,} {title}", args)
+    with tqdm(total=n, initial=first, desc=title, unit=" images", disable=rank > 0) as bar:
+        for rows, batch in zip(mine[done:], read(images, mine[done:], args)):
+            if arrays is not None:
+                arrays[rows.start:rows.stop] = batch.permute(0, 2, 3, 1).cpu().numpy()
+            gathered.add(rows, *net(batch.to(device)))
+            done += 1
+            bar.update(min(len(rows) * world, n - bar.n))       # the other processes are about as far
+            if state and (time.time() - saved >= args.save_every or done == len(mine)):
+                if arrays is not None:
+                    arrays.flush()
+                gathered.save(state, done)
+                saved = time.time()
+    gathered.merge()
+    return gathered
 
 
-# ---- 5. The demo's judge -------------------------------------------------------------------------------------
+# ---- 5. The evaluation -------------------------------------------------------------------------------------
+
+def show(line, args):
+    print(line + (f"   ({RANDOM})" if args.inception == "random" else ""), flush=True)
+
+
+def write_npz(path, shape, images, **arrays):
+    """An .npz of arrays, and of arr_0 (shape) uint8, whose parts come one by one and are not kept."""
+    def write(f):
+        with zipfile.ZipFile(f, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                described = {"descr": "|u1", "fortran_order": False, "shape": tuple(shape)}
+                np.lib.format.write_array_header_1_0(file, described)
+                for part in images:
+                    file.write(np.ascontiguousarray(part))
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, array)
+    write_file(Path(path), write)
+
+
+def must_be_writable(path):
+    """Creates the folder of a file that will be written at the end. Raises BadInput where it cannot."""
+    part = Path(f"{path}.part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "ab"):
+            pass
+        part.unlink()
+        if Path(path).is_dir():
+            raise IsADirectoryError("it is a folder")
+    except OSError as e:
+        raise BadInput(f"{path} cannot be written ({brief(e)})") from e
+
+
+def make_ref(args, rank, world, device):
+    """--make-ref: ADM's keys, from images; arr_0 is all of them, or 10,000 evenly spaced ones."""
+    images = open_images(args.make_ref)
+    must_be_writable(args.out)
+    gathered = measure(images, load_inception(args, device), args, rank, world, device, "reference images")
+    if rank == 0:
+        (mu, sigma), (mu_s, sigma_s) = gathered.statistics().values()
+        count = min(len(images), OF_REF)
+        chosen = np.linspace(0, len(images) - 1, count).round().astype(int).tolist()
+        parts = read(images, [range(i, i + 1) for i in chosen], args)
+        parts = (part.permute(0, 2, 3, 1).numpy() for part in parts)
+        write_npz(args.out, (count, *images.shape[1:]), parts, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
+        show(f"{args.out}: statistics of {len(images):,} images, and {count:,} of them", args)
+
+
+def load_inception(args, device):
+    with haste.first_on_node():
+        return Inception(args.inception).to(device)
+
+
+def describe(args, samples, own):
+    """All that a FID depends on: figures of which one of these differs cannot be compared."""
+    protocol = {"samples": args.ckpt or args.samples, "number of samples": len(samples),
+                "size": size_of(samples.shape), "reference": args.ref, "features": args.inception or WEIGHTS}
+    if own:
+        protocol["statistics"] = "the sample file's own mu and sigma, as ADM takes them"
+    if args.ckpt:
+        protocol |= {
+            "weights": "EMA", "sampler": args.mode,
+            "evaluations": 2 * args.num_steps - 1 if args.mode == "heun" else args.num_steps,
+            "guidance": args.cfg_scale, "interval": [args.guidance_low, args.guidance_high],
+            "VAE": samples.vae_name, "labels": "balanced" if args.balanced else "uniform at random",
+            "seed": args.seed, "batch size": args.batch_size, "precision": args.precision}
+    return protocol
+
+
+# One CIFAR-10 model's FID was 5.12 with 50,000 samples and 9.75 with 5,000; the bias goes as 1 / n.
+FID_SOURCE = "github.com/atong01/conditional-flow-matching/issues/111"
+FID_BIAS = (9.75 - 5.12) / (1 / 5_000 - 1 / 50_000)
+
+
+def warnings(samples, images_of_ref):
+    """Sentences on what makes these figures incomparable with published ones."""
+    n = len(samples)
+    if images_of_ref is not None and images_of_ref.shape[1:3] != samples.shape[1:3]:
+        yield f"samples are {size_of(samples.shape)}, reference images {size_of(images_of_ref.shape)}"
+    if n < 50_000:
+        lacks = f", fewer than the {POOL:,} features, so that the covariance lacks rank" if n <= POOL else ""
+        yield (f"{n:,} samples{lacks}: FID is biased upwards, by a term in 1/n (Chong and Forsyth, 2020); a "
+               f"CIFAR-10 model had 5.12 with 50,000 and 9.75 with 5,000 ({FID_SOURCE}), by which rule it "
+               f"would have {5.12 + FID_BIAS * (1 / n - 1 / 50_000):.3g} with {n:,}")
+
+
+def stamp(path):
+    """What tells a file, or the files in a folder, from what was there before; None for what is not there."""
+    files = sorted(p for p in Path(path).rglob("*") if p.is_file()) if Path(path).is_dir() else [Path(path)]
+    return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()] or None
+
+
+class Outputs:
+    """Where the results go, and, beside a checkpoint's, what a killed run needs to go on.
+
+    That is in files of which the name is hashed from all that decides the samples and their features: a run
+    with other flags, another checkpoint of the same name, or another number of processes starts anew."""
+
+    def __init__(self, args, protocol, shape, left_out, rank, world, device):
+        self.args, self.shape = args, shape
+        self.json, self.state, self.arrays = [Path(args.json)] if args.json else [], None, None
+        states = []
+        if args.ckpt:
+            facts = [protocol, bool(left_out), world, device.type, args.save_npz,
+                     *(stamp(path) for path in (args.ckpt, args.vae or "", args.inception or ""))]
+            key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+            folder, step = Path(args.ckpt).absolute().parent, Path(args.ckpt).stem
+            run = folder.parent if folder.name == "checkpoints" else folder
+            stem = run / "eval" / f"{step}-{args.mode}-{args.num_steps}-cfg-{args.cfg_scale:g}-{key}"
+            self.json.append(Path(f"{stem}.json"))
+            states = [Path(f"{stem}.{i}of{world}.state") for i in range(world)]
+            self.state = states[rank]
+        self.raw = Path(f"{args.save_npz}.{key}.npy") if args.save_npz else None
+        if rank == 0:
+            for path in self.json + [args.save_npz] * bool(args.save_npz):
+                must_be_writable(path)
+            if self.raw:
+                self.make_raw(states)
+        barrier()
+        if self.raw:
+            self.arrays = np.load(self.raw, mmap_mode="r+")
+
+    def make_raw(self, states):
+        """The array that takes the samples as they are drawn. Where it is not yet, states cannot hold."""
+        size = np.prod(self.shape)
+        if self.raw.is_file() and self.raw.stat().st_size > size:
+            return
+        free = shutil.disk_usage(self.raw.parent).free
+        if free < 2 * size:     # once as they are drawn, once in the .npz
+            raise BadInput(f"--save-npz {self.args.save_npz} takes {2 * size / 1e9:.1f} GB while it is "
+                           f"written, and {free / 1e9:.1f} GB are free")
+        for state in states:
+            state.unlink(missing_ok=True)
+        np.lib.format.open_memmap(self.raw, "w+", np.uint8, self.shape)
+
+    def write(self, results, protocol):
+        report = json.dumps(results | {"protocol": protocol}, indent=1).encode()
+        for path in self.json:
+            write_file(path, lambda f: f.write(report))
+        if self.raw:
+            write_npz(self.args.save_npz, self.shape, self.arrays)
+            self.raw.unlink()
+
+    def finish(self):
+        barrier()       # what a killed run needs is kept until the results are written
+        if self.state:
+            self.state.unlink(missing_ok=True)
+
+
+def why_no_manifold(args, samples, images_of_ref):
+    """The reason to leave precision and recall out, or None."""
+    if args.no_prec_recall:
+        return "--no-prec-recall"
+    if images_of_ref is None:
+        return f"{args.ref} holds statistics but no images"
+    few = min(len(samples), len(images_of_ref)) <= NEIGHBOURS
+    return f"they take more than {NEIGHBOURS} images on either side" if few else None
+
+
+def compare(samples, own, reference, of_ref):
+    """The metrics of samples, Gathered, against the reference's statistics and images (Gathered, or None)."""
+    statistics = own or samples.statistics()
+    results = {"fid": frechet_distance(*statistics["pool"], *reference["pool"]),
+               "sfid": frechet_distance(*statistics["spatial"], *reference["spatial"]),
+               "is": samples.score.score()}
+    if of_ref:
+        x, y = samples.pooled().to(samples.home), of_ref.pooled().to(of_ref.home)
+        results |= {"precision": inside(x, y, radii(y)), "recall": inside(y, x, radii(x))}
+    return results
+
+
+def evaluate(args):
+    """Measures args.ckpt or args.samples against args.ref; prints protocol and metrics, and returns these."""
+    rank, world, device = haste.setup(args)
+    args.batch_size = args.batch_size or (64 if device.type == "cuda" else 32)
+    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    # TF32, on by default for convolutions, moves FID in the third digit.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    if args.make_ref:
+        return make_ref(args, rank, world, device)
+
+    # --- what is compared, and where to: mistakes are told here, before the hours of sampling
+    reference, images_of_ref = open_reference(args.ref)
+    samples = Generated(args, device) if args.ckpt else open_images(args.samples)
+    own = read_statistics(args.samples) if args.samples else None
+    left_out = why_no_manifold(args, samples, images_of_ref)
+    protocol = describe(args, samples, own)
+    outputs = Outputs(args, protocol, samples.shape, left_out, rank, world, device)
+    net = load_inception(args, device)
+    if rank == 0:
+        for name, value in protocol.items():
+            show(f"{name:18} {value}", args)
+        for warning in warnings(samples, images_of_ref):
+            show(f"warning: {warning}", args)
+
+    # --- features: first the reference's, in which there may still be a broken image
+    where, of_ref = (rank, world, device), None
+    if reference is None or not left_out:
+        of_ref = measure(images_of_ref, net, args, *where, "reference images", not left_out)
+        reference = reference or of_ref.statistics()
+    of_samples = measure(samples, net, args, *where, "samples", not left_out, outputs.state, outputs.arrays)
+
+    # --- metrics
+    results = None
+    if rank == 0:
+        results = compare(of_samples, own, reference, None if left_out else of_ref)
+        for name, value in results.items():
+            show(f"{name:18} {value:.6g}", args)
+        if left_out:
+            show(f"precision, recall  left out: {left_out}", args)
+        outputs.write(results, protocol)
+    outputs.finish()
+    return results
+
+
+# ---- 6. The demo's judge -----------------------------------------------------------------------------------
 
 def fit_judge(images, labels):
     """A convolutional classifier that teacher and student never meet; gives its accuracy on (x, y)."""
@@ -397,13 +736,17 @@ def fit_judge(images, labels):
     layers = [layer for c, d in ((3, 32), (32, 64), (64, 64)) for layer in (
         nn.Conv2d(c, d, 3, padding=1), nn.BatchNorm2d(d), nn.ReLU(), nn.MaxPool2d(2))]
     net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(576, len(haste.LETTERS)))
-    haste.fit(net, lambda x, y: F.cross_entropy(net(x / 127.5 - 1), y), (images, labels), 300, "the demo's judge")
+
+    def loss(x, y):
+        return F.cross_entropy(net(x / 127.5 - 1), y)
+
+    haste.fit(net, loss, (images, labels), 300, "the demo's judge")
     return lambda x, y: (net(x / 127.5 - 1).argmax(1) == y).float().mean().item()
 
 
 @torch.no_grad()
 def judge_letters(home, checkpoints, tau):
-    """Prints how many letters the judge reads right, real ones and each checkpoint's; draws them into home/demo.png."""
+    """Prints how many letters the judge reads right, real and each checkpoint's, and draws home/demo.png."""
     with torch.enable_grad():
         right = fit_judge(*haste.render_glyphs(4000, seed=1)[:2])
     classes, (real, of, _) = len(haste.LETTERS), haste.render_glyphs(500, seed=2)
@@ -411,10 +754,11 @@ def judge_letters(home, checkpoints, tau):
     rows = [(f"real letters: the judge reads {right(real, of):.0%} right", real[two_each])]
     for path in checkpoints:
         model, wanted = haste.load_model(path, None)[0], torch.arange(100) % classes
+        noise = haste.seeded_noise(model, 100, 0, "cpu")
         torch.manual_seed(0)
-        drawn = haste.to_images(haste.sample(model, haste.seeded_noise(model, 100, 0, "cpu"), wanted, steps=50, cfg_scale=2.0))
-        phase = "II" if isinstance(tau, int) and int(path.stem) > tau else "I"
-        rows.append((f"step {int(path.stem)}, phase {phase}: the judge reads {right(drawn, wanted):.0%} right", drawn[:20]))
+        drawn = haste.to_images(haste.sample(model, noise, wanted, steps=50, cfg_scale=2.0))
+        phase, score = "II" if isinstance(tau, int) and int(path.stem) > tau else "I", right(drawn, wanted)
+        rows.append((f"step {int(path.stem)}, phase {phase}: the judge reads {score:.0%} right", drawn[:20]))
     picture = Image.new("RGB", (1052, 84 * len(rows) + 8), "white")
     for i, (caption, row) in enumerate(rows):
         print(caption)
@@ -425,154 +769,74 @@ def judge_letters(home, checkpoints, tau):
     print(f"{home}/demo.png shows them; the metrics are in {home}/metrics.jsonl and {home}/metrics.json")
 
 
-# ---- 6. The command line -------------------------------------------------------------------------------------
+# ---- 7. The command line -----------------------------------------------------------------------------------
+
+DRAWING = {"num_samples", "mode", "num_steps", "cfg_scale", "guidance_low", "guidance_high", "balanced",
+           "seed", "precision", "model", "vae", "save_npz", "save_every"}
+MEASURING = {"ref", "json", "no_prec_recall"}
+FOREIGN = {"ckpt": {"out"}, "samples": DRAWING | {"out"}, "make_ref": DRAWING | MEASURING}
+
 
 def parse(argv):
-    parser = haste.Parser(prog="evaluate.py", allow_abbrev=False, description="FID, sFID, IS, precision and recall, as ADM's")
+    """The flags; those of drawing samples are in the dialect of SiT and REPA. Raises BadInput."""
+    parser = haste.Parser(prog="evaluate.py", allow_abbrev=False,
+                          description="FID, sFID, Inception Score, precision and recall, as ADM's evaluator")
     count, weight, share = number(int, 1), number(float, 0), number(float, 0, 1)
-    flag = parser.add_argument_group("what to evaluate").add_mutually_exclusive_group(required=True).add_argument
-    flag("--ckpt", help="draw samples from a checkpoint's EMA")
+
+    group = parser.add_argument_group("what to evaluate").add_mutually_exclusive_group(required=True)
+    flag = group.add_argument
+    flag("--ckpt", help="samples to be drawn from a checkpoint's EMA")
     flag("--samples", help="an .npz with arr_0, a folder of images, or a prepared dataset")
     flag("--make-ref", metavar="IMAGES", help="write a reference of images to --out")
+
     flag = parser.add_argument_group("against what, and where to").add_argument
     flag("--ref", help="an ADM .npz, statistics, a folder of images, or a prepared dataset")
-    flag("--out", default="ref.npz", help="of --make-ref [%(default)s]")
-    flag("--json", metavar="FILE", help="write the results there, too")
-    flag("--save-npz", metavar="FILE", help="write the samples, as arr_0")
-    flag("--inception", metavar="FILE", help="the FID Inception's weights, or `random` [downloaded]")
+    flag("--json", metavar="FILE", help="the results; --ckpt's are in eval/ in the run's folder, too")
     flag("--no-prec-recall", action="store_true", help="leave precision and recall out")
+    flag("--out", default="ref.npz", help="of --make-ref [%(default)s]")
+
+    flag = parser.add_argument_group("how").add_argument
+    flag("--inception", metavar="FILE", help="the FID Inception's weights, or `random` [downloaded]")
     flag("--batch-size", type=count, help="of each process [64 on CUDA, 32 elsewhere]")
     flag("--num-workers", type=number(int, 0), default=min(4, os.cpu_count()), help="a process [%(default)s]")
     flag("--device", choices=("cuda", "mps", "cpu"), help="[the best there is]")
-    flag("--save-every", type=weight, default=60, help="seconds between savings of --ckpt's progress [%(default)s]")
-    flag = parser.add_argument_group("how --ckpt is sampled: by default the paper's protocol").add_argument
+
+    flag = parser.add_argument_group("how --ckpt's samples are drawn [the paper's protocol]").add_argument
     flag("--num-samples", "--num-fid-samples", type=number(int, 2), default=50_000, help="[%(default)s]")
     flag("--mode", choices=("sde", "ode", "heun"), default="sde", help="[%(default)s]")
     flag("--num-steps", type=number(int, 2), default=250, help="[%(default)s]")
     flag("--cfg-scale", type=weight, default=1.0, help="1: no guidance [%(default)s]")
-    flag("--guidance-low", type=share, default=0.0, help="[%(default)s]")
+    flag("--guidance-low", type=share, default=0.0, help="guide where t is in [low, high] [%(default)s]")
     flag("--guidance-high", type=share, default=1.0, help="[%(default)s]")
-    flag("--balanced", action="store_true", help="as many samples of each class, not labels at random")
+    flag("--balanced", action="store_true", help="as many of each class, where labels are drawn at random")
     flag("--seed", type=number(int, 0), default=0, help="[%(default)s]")
-    flag("--precision", choices=("bf16", "fp16", "fp32"), help="of the model [bf16 on CUDA, else fp32]")
+    flag("--precision", choices=("bf16", "fp16", "fp32"), help="of the model [bf16 on CUDA, fp32 elsewhere]")
     flag("--model", default="SiT-XL/2", help="for a checkpoint that does not say [%(default)s]")
     flag("--vae", metavar="NAME_OR_PATH", help=f"that decodes [{haste.VAE_DECODER}]")
+    flag("--save-npz", metavar="FILE", help="keep the samples, as arr_0 of an .npz")
+    flag("--save-every", type=weight, default=60, help="seconds between savings of progress [%(default)s]")
+
     args = parser.parse_args(argv)
-    if not args.make_ref and not args.ref:
-        raise BadInput("--ref is missing: the README says where reference files come from, and --make-ref makes one")
-    if args.samples and args.save_npz:
-        raise BadInput("--save-npz writes the samples that --ckpt draws: --samples has them already")
+    task = next(name for name in FOREIGN if getattr(args, name) is not None)
+    for name in sorted(FOREIGN[task]):
+        if getattr(args, name) != parser.get_default(name):
+            raise BadInput(f"--{name} says nothing about --{task}: leave it out".replace("_", "-"))
+    if task != "make_ref" and not args.ref:
+        raise BadInput("--ref is missing: the README says where references are, and --make-ref makes one")
+    if args.model not in haste.NAMES:
+        raise BadInput(f"unknown model {args.model!r}: choose one of {', '.join(haste.NAMES)}")
     return args
-
-
-def show(line, args):
-    print(line + (f"   ({RANDOM})" if args.inception == "random" else ""), flush=True)
-
-
-def make_ref(args, net, rank, world, device):
-    images = open_images(args.make_ref)
-    stats, _, _ = measure(images, net, args, rank, world, device, "reference")
-    if rank == 0:
-        (mu, sigma), (mu_s, sigma_s) = stats["pool"], stats["spatial"]
-        first = np.concatenate([images[range(i, min(i + 100, len(images), 10_000))].permute(0, 2, 3, 1).numpy()
-                                for i in range(0, min(len(images), 10_000), 100)])
-        write_file(Path(args.out), lambda f: np.savez(f, arr_0=first, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s))
-        show(f"{args.out}: statistics of {len(images):,} images, and {len(first):,} of them", args)
-
-
-def evaluate(args):
-    """Measures args.ckpt or args.samples against args.ref, prints the protocol and the metrics, and returns both."""
-    rank, world, device = haste.setup(args)
-    args.batch_size = args.batch_size or (64 if device.type == "cuda" else 32)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False     # TF32 moves FID in the third digit
-    net = None
-    with haste.first_on_node():
-        net = Inception(args.inception).to(device)
-    if args.make_ref:
-        return make_ref(args, net, rank, world, device)
-
-    # --- samples and reference
-    reference = read_statistics(args.ref) if Path(args.ref).is_file() else None
-    try:
-        images_of_ref = open_images(args.ref)
-    except BadInput:
-        if reference is None:
-            raise
-        images_of_ref = None
-    samples = Generated(args, device) if args.ckpt else open_images(args.samples)
-    n, side = len(samples), samples.shape[1]
-    if n < 2:
-        raise BadInput("a covariance needs at least two samples")
-    compare = images_of_ref is not None and not args.no_prec_recall
-    protocol = {"samples": args.ckpt or args.samples, "reference": args.ref, "number of samples": n, "resolution": side,
-                "features": RANDOM if args.inception == "random" else args.inception or WEIGHTS.rsplit("/", 1)[1]}
-    if args.ckpt:
-        protocol |= {"sampler": args.mode, "evaluations": 2 * args.num_steps - 1 if args.mode == "heun" else args.num_steps,
-                     "guidance": args.cfg_scale, "interval": [args.guidance_low, args.guidance_high],
-                     "VAE": args.vae or (haste.VAE_DECODER if samples.vae else "none"), "weights": "EMA",
-                     "labels": "balanced" if args.balanced else "uniform at random", "seed": args.seed,
-                     "batch size": args.batch_size, "precision": args.precision}
-    if rank == 0:
-        for name, value in protocol.items():
-            show(f"{name:18} {value}", args)
-        if images_of_ref is not None and images_of_ref.shape[1:3] != samples.shape[1:3]:
-            show(f"warning: samples of {samples.shape[2]} x {side}, a reference of {images_of_ref.shape[2]} x {images_of_ref.shape[1]}", args)
-        if n < POOL:
-            show(f"warning: {n:,} samples are fewer than {POOL} features: the covariance lacks rank, and FID is far above that of "
-                 f"50,000 samples (its bias falls as 1/n: Chong and Forsyth, 2020)", args)
-
-    # --- features
-    state = arrays = None
-    if args.ckpt:
-        name = "-".join(str(protocol[k]) for k in ("sampler", "evaluations", "guidance", "number of samples", "labels", "seed"))
-        home = Path(args.ckpt).resolve().parent.parent / "eval"
-        state = home / f"{Path(args.ckpt).stem}-{name}.state".replace(" ", "_")
-        state.parent.mkdir(parents=True, exist_ok=True)
-        if args.save_npz:
-            raw = Path(f"{args.save_npz}.part.npy")
-            if rank == 0 and not raw.is_file():
-                raw.parent.mkdir(parents=True, exist_ok=True)
-                np.lib.format.open_memmap(raw, "w+", np.uint8, samples.shape)
-            barrier()
-            arrays = np.load(raw, mmap_mode="r+")
-    stats, score, pool = measure(samples, net, args, rank, world, device, "samples", compare, state, arrays)
-    if reference is None or compare:
-        of_ref, _, pool_of_ref = measure(images_of_ref, net, args, rank, world, device, "reference", compare)
-        reference = reference or of_ref
-
-    # --- metrics
-    if rank:
-        return None
-    results = {"fid": frechet_distance(*stats["pool"], *reference["pool"]),
-               "sfid": frechet_distance(*stats["spatial"], *reference["spatial"]), "is": score}
-    if compare:
-        results |= {"precision": inside(pool, pool_of_ref, radii(pool_of_ref)), "recall": inside(pool_of_ref, pool, radii(pool))}
-    for name, value in results.items():
-        show(f"{name:18} {value:.6g}", args)
-    if not compare:
-        why = "--no-prec-recall" if args.no_prec_recall else f"{args.ref} holds statistics but no images"
-        show(f"precision, recall  left out: {why}", args)
-    report = json.dumps(results | {"protocol": protocol}, indent=1).encode()
-    for path in (args.json, state and state.with_suffix(".json")):
-        if path:
-            write_file(Path(path), lambda f: f.write(report))
-    if arrays is not None:
-        with zipfile.ZipFile(f"{args.save_npz}.part", "w", zipfile.ZIP_STORED, allowZip64=True) as z:
-            z.write(raw, "arr_0.npy")
-        os.replace(f"{args.save_npz}.part", args.save_npz)
-        raw.unlink()
-    return results
 
 
 def main(argv=None):
     try:
         results = evaluate(parse(argv))
     except BadInput as e:
+        # Mistakes in the flags are the same in every process; one that shows later may be one process's own.
         if os.environ.get("RANK", "0") == "0" or dist.is_initialized():
             print(f"evaluate.py: {e}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
     return results
 

@@ -1047,18 +1047,24 @@ def test_sample_draws_the_labels_asked_for_from_the_ema(world, latents, tmp_path
 
 # ---- 10. The demo --------------------------------------------------------------------------------------------
 
-def test_the_demo_is_a_row_of_ordinary_commands(tmp_path, monkeypatch, capsys):
-    real = haste.fit
+def test_the_demo_is_a_row_of_ordinary_commands(tiny, tmp_path, monkeypatch, capsys):
+    real, draw, render = haste.fit, haste.sample, haste.render_glyphs
     monkeypatch.setattr(haste, "fit", lambda net, loss, inputs, steps, title: real(net, loss, inputs, 2, title))
-    monkeypatch.setattr(haste, "sample", lambda *a, real=haste.sample, **kw: real(*a, **kw | {"steps": 2}) if "steps" in kw else real(*a[:3], 2, *a[4:], **kw))
-    monkeypatch.setattr(haste, "render_glyphs", lambda n, seed, real=haste.render_glyphs: real(min(n, 200), seed))
+    monkeypatch.setattr(haste, "sample", lambda *a, **kw: draw(*a, **kw | {"steps": 2}) if "steps" in kw
+                        else draw(*a[:3], 2, *a[4:], **kw))
+    monkeypatch.setattr(haste, "render_glyphs", lambda n, seed: render(min(n, 200), seed))
     haste.main(["--demo", "--output-dir", str(tmp_path), "--tau", "1", "--max-train-steps", "2"])
-    commands = [line[len("$ python haste.py "):].split() for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
-    home = tmp_path / "demo"
-    assert [c[0] for c in commands] == ["--prepare", "--model", "--sample"] and (home / "demo.png").is_file()
+    out, home = capsys.readouterr().out.splitlines(), tmp_path / "demo"
+    commands = [line.split()[2:] for line in out if line.startswith("$ python ")]
+    assert [c[:2] for c in commands] == [["haste.py", "--prepare"], ["haste.py", "--model"],
+                                          ["haste.py", "--sample"], ["evaluate.py", "--ckpt"]]
+    assert (home / "demo.png").is_file() and sum("the judge reads" in line for line in out) == 3
     assert [m["phase"] for m in metrics(tmp_path, "demo")] == [2]
-    for command in commands:        # they work by themselves, too
-        haste.main(command)
+    told = json.loads((home / "metrics.json").read_text())
+    assert {"fid", "sfid", "is", "precision", "recall"} < told.keys()
+    for script, *command in commands:       # they work by themselves, too
+        results = (haste if script == "haste.py" else evaluate).main(command)
+    assert results == {k: told[k] for k in results}
 
 
 def test_glyphs_are_letters_in_place():
@@ -1132,3 +1138,625 @@ def test_the_checkpoint_of_another_model_is_refused_and_kept(world, tmp_path, ca
     assert "classes are 0 to 3" in complaint(capsys, ["--sample", path, "--labels", 4])
     path.write_bytes(before[:len(before) // 2])
     assert "cannot be read" in complaint(capsys, ["--sample", path])
+
+
+# ---- 12. evaluate.py: the numbers of ADM's evaluator -------------------------------------------------------
+
+import evaluate     # noqa: E402: here, with all that needs it
+
+SMALL = {"POOL": 24, "SPATIAL": 20, "LOGITS": 12}
+
+
+class TinyInception(nn.Module):
+    """Stands in for the Inception where the network is not what is tested: 24, 20 and 12 features."""
+
+    def __init__(self, weights=None):
+        super().__init__()
+        self.register_buffer("w", torch.randn(12, 56, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, images):
+        x = F.adaptive_avg_pool2d(images.float() / 64, 2).flatten(1)
+        return (x @ self.w).sin().split([24, 20, 12], dim=1)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """TinyInception in place of the Inception, one thread, and no waiting for the disk."""
+    for name, value in {"Inception": TinyInception, **SMALL}.items():
+        monkeypatch.setattr(evaluate, name, value)
+    monkeypatch.setattr(os, "fsync", lambda f: None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)        # at these sizes threads wait for one another more than they compute
+    yield
+    torch.set_num_threads(threads)
+
+
+def score(*argv):
+    return evaluate.main(["--num-workers", "0", *map(str, argv)])
+
+
+def refusal(capsys, *argv):
+    """The one sentence that a mistake gets on stderr, with exit code 2, and nothing measured."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        score(*argv)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and "fid  " not in out and "Traceback" not in err, (out, err)
+    *bars, said = err.splitlines()
+    assert said.startswith("evaluate.py: ") and all("images/s" in bar for bar in bars if bar), err
+    return said
+
+
+def pictures(n, seed=0, shape=(8, 8, 3)):
+    return np.random.default_rng(seed).integers(0, 256, (n, *shape), np.uint8)
+
+
+def write_pngs(folder, arrays):
+    folder.mkdir(parents=True)
+    for i, array in enumerate(arrays):
+        Image.fromarray(array).save(folder / f"{i:04d}.png")
+
+
+def features(images):
+    """What TinyInception says of images (n, H, W, 3), as arrays."""
+    return [x.double().numpy() for x in TinyInception()(torch.from_numpy(images).permute(0, 3, 1, 2))]
+
+
+# The network
+
+@pytest.mark.parametrize("height, width", [(1, 1), (2, 3), (32, 32), (299, 299), (300, 64), (512, 299)])
+def test_the_resize_is_tensorflow_1s_to_the_bit(height, width):
+    x, f = pictures(1, shape=(height, width))[0].astype(np.float32), np.float32
+    got = evaluate.tf1_resize(torch.from_numpy(x)[None, None])[0, 0].numpy()
+    assert got.shape == (299, 299) and got.dtype == np.float32
+    for i in range(0, 299, 3):      # every third row is enough of a loop
+        y = f(i) * f(height / 299)
+        top, dy = int(y), y - f(int(y))
+        bottom = min(top + 1, height - 1)
+        for j in range(299):
+            z = f(j) * f(width / 299)
+            left, dx = int(z), z - f(int(z))
+            right = min(left + 1, width - 1)
+            above = x[top, left] + (x[top, right] - x[top, left]) * dx
+            below = x[bottom, left] + (x[bottom, right] - x[bottom, left]) * dx
+            assert got[i, j] == above + (below - above) * dy, (i, j)
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """(the network of `--inception random`, a file with its weights as they were before the fusing)."""
+    path, real = tmp_path_factory.mktemp("inception") / "weights.pth", evaluate.randomise
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "randomise", lambda net: (real(net), torch.save(net.state_dict(), path)))
+        return evaluate.Inception("random"), path
+
+
+def plain_inception(net, images):
+    """The FID Inception spelled out: timm's unfused convolutions, TensorFlow's pools, no bias."""
+    def chain(m, x, *names):
+        for name in names:
+            x = getattr(m, name)(x)
+        return x
+
+    def mean_pool(x):       # the mean of those of the 3 x 3 that are in the image
+        sums, counts = (9 * F.avg_pool2d(a, 3, 1, 1) for a in (x, torch.ones_like(x)))
+        return sums / counts
+
+    def block(m, x, pool, *branches):
+        return torch.cat([chain(m, x, *b.split()) for b in branches] + [pool(x)], dim=1)
+
+    def pooled(m, pool=mean_pool):
+        return lambda x: m.branch_pool(pool(x))
+    doubled = "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3"
+    x = (evaluate.tf1_resize(images.float()) - 128) / 128
+    x = F.max_pool2d(chain(net, x, "Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"), 3, 2)
+    x = F.max_pool2d(chain(net, x, "Conv2d_3b_1x1", "Conv2d_4a_3x3"), 3, 2)
+    for m in (net.Mixed_5b, net.Mixed_5c, net.Mixed_5d):
+        x = block(m, x, pooled(m), "branch1x1", "branch5x5_1 branch5x5_2", doubled)
+    x = block(net.Mixed_6a, x, lambda x: F.max_pool2d(x, 3, 2), "branch3x3", doubled)
+    for m in (net.Mixed_6b, net.Mixed_6c, net.Mixed_6d, net.Mixed_6e):
+        x = block(m, x, pooled(m), "branch1x1", "branch7x7_1 branch7x7_2 branch7x7_3",
+                  " ".join(f"branch7x7dbl_{i}" for i in range(1, 6)))
+        if m is net.Mixed_6d:
+            spatial = x[:, :7]
+    x = block(net.Mixed_7a, x, lambda x: F.max_pool2d(x, 3, 2), "branch3x3_1 branch3x3_2",
+              " ".join(f"branch7x7x3_{i}" for i in range(1, 5)))
+    for m, pool in ((net.Mixed_7b, mean_pool), (net.Mixed_7c, lambda x: F.max_pool2d(x, 3, 1, 1))):
+        two, dbl = "branch3x3_1 branch3x3_2", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3"
+        x = block(m, x, pooled(m, pool), "branch1x1", f"{two}a", f"{two}b", f"{dbl}a", f"{dbl}b")
+    pool = x.mean((2, 3))
+    spatial = np.stack([[[[image[c, h, w] for c in range(7)] for w in range(17)] for h in range(17)]
+                        for image in spatial.numpy()])
+    return pool, torch.from_numpy(spatial).reshape(len(x), -1), pool @ net.fc.weight.T
+
+
+def close(got, wanted):
+    """Within 1e-4 of the feature's scale, which is the bar; a constant feature would not count."""
+    return [((a - b).abs().max() / b.abs().max()).item() < 1e-4 and b.std() > 0 for a, b in zip(got, wanted)]
+
+
+@torch.no_grad()
+def test_the_features_are_those_of_the_network_spelled_out(inception):
+    with torch.device("meta"):
+        net = evaluate.timm.create_model("inception_v3", num_classes=1008, aux_logits=False)
+    net.load_state_dict(torch.load(inception[1], weights_only=True), assign=True)
+    images = torch.from_numpy(pictures(1, shape=(3, 40, 64)))
+    wanted, loaded = plain_inception(net.eval(), images), evaluate.Inception(str(inception[1]))
+    assert [x.shape[1] for x in wanted] == [2048, 2023, 1008]
+    assert close(inception[0](images), wanted) == close(loaded(images), wanted) == [True] * 3
+    unlike = net.forward_features((evaluate.tf1_resize(images.float()) - 128) / 128).mean((2, 3))
+    assert close([unlike], wanted[:1]) == [False]       # timm's own pools would not do
+
+
+@torch.no_grad()
+def test_the_features_are_torch_fidelitys(inception):
+    other = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(inception[1]))
+    kept = {}
+    other.Mixed_6d.branch1x1.register_forward_hook(lambda m, args, out: kept.update(out=out))
+    for side in (32, 512):
+        images = torch.from_numpy(pictures(1, shape=(3, side, side)))
+        pool, logits = other.eval()(images)
+        spatial = kept["out"][:, :7].permute(0, 2, 3, 1).flatten(1)
+        assert close(inception[0](images), (pool, spatial, logits)) == [True] * 3
+
+
+# The metrics
+
+def test_moments_are_those_of_numpy_whatever_the_batches_and_add_up():
+    x = np.random.default_rng(0).normal(5, 2, (100, 24)).astype(np.float32)
+    whole, halves = evaluate.Moments(24, "cpu"), [evaluate.Moments(24, "cpu") for _ in range(2)]
+    for start in range(0, 100, 30):
+        whole.add(torch.from_numpy(x[start:start + 30]))
+        halves[start % 60 // 30].add(torch.from_numpy(x[start:start + 30]))
+    for name in ("n", "sum", "outer"):
+        getattr(halves[0], name).add_(getattr(halves[1], name))
+    wanted = x.astype(float).mean(0), np.cov(x.astype(float), rowvar=False)
+    for moments in (whole, halves[0]):
+        for got, want in zip(moments.statistics(), wanted):
+            assert got.dtype == np.float64 and np.abs(got - want).max() < 1e-13 * np.abs(want).max()
+
+
+def gaussian(n, d, seed):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) + seed
+    return x.mean(0), np.cov(x, rowvar=False), x - x.mean(0)
+
+
+def test_the_frechet_distance_is_exact_also_where_sqrtm_is_not():
+    import scipy.linalg
+    (mu1, s1, _), (mu2, s2, _) = gaussian(200, 30, 1), gaussian(150, 30, 2)
+    root = scipy.linalg.sqrtm(s1 @ s2).real
+    wanted = ((mu1 - mu2) ** 2).sum() + np.trace(s1 + s2 - 2 * root)
+    assert evaluate.frechet_distance(mu1, s1, mu2, s2) == pytest.approx(wanted, rel=1e-9)
+    assert evaluate.frechet_distance(mu2, s2, mu1, s1) == pytest.approx(wanted, rel=1e-9)
+    assert abs(evaluate.frechet_distance(mu1, s1, mu1, s1)) < 1e-9 * np.trace(s1)
+    a, b = np.arange(30.0), np.arange(30.0)[::-1]       # they commute, and each lacks a rank
+    wanted = ((np.sqrt(a) - np.sqrt(b)) ** 2).sum() + 30
+    got = evaluate.frechet_distance(a * 0, np.diag(a), b * 0 + 1, np.diag(b))
+    assert got == pytest.approx(wanted, rel=1e-12)
+    (mu1, s1, x), (mu2, s2, y) = gaussian(12, 30, 3), gaussian(9, 30, 4)        # ranks 11 and 8 of 30
+    shared = np.linalg.svd(x @ y.T, compute_uv=False).sum() / math.sqrt(11 * 8)
+    wanted = ((mu1 - mu2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * shared
+    assert evaluate.frechet_distance(mu1, s1, mu2, s2) == pytest.approx(wanted, rel=1e-6)
+
+
+def naive_inception_score(logits, split):
+    scores = []
+    for part in (logits[i:i + split] for i in range(0, len(logits), split)):
+        p = np.exp(part) / np.exp(part).sum(1, keepdims=True)
+        scores.append(math.exp(np.mean([sum(q * (math.log(q) - math.log(m)) for q, m in zip(row, p.mean(0)))
+                                        for row in p])))
+    return np.mean(scores)
+
+
+@pytest.mark.parametrize("n, split", [(20, 7), (21, 7), (5, 7)])
+def test_the_inception_score_is_the_mean_over_splits_in_order(tiny, monkeypatch, n, split):
+    monkeypatch.setattr(evaluate, "SPLIT", split)
+    logits = np.random.default_rng(0).normal(0, 2, (n, 12))
+    inception_score = evaluate.InceptionScore(n, "cpu")
+    for rows in (range(0, n, 2), range(1, n, 2)):       # as two processes might see them
+        inception_score.add(torch.from_numpy(logits[rows]), rows)
+    assert inception_score.score() == pytest.approx(naive_inception_score(logits, split), rel=1e-12)
+
+
+def test_the_inception_score_of_samples_sorted_by_class_collapses(tiny, monkeypatch):
+    monkeypatch.setattr(evaluate, "SPLIT", 30)
+    by_class = torch.eye(12).repeat_interleave(30, 0) * 50
+    for logits, wanted in ((by_class, 1), (by_class.reshape(12, 30, 12).transpose(0, 1).flatten(0, 1), 12)):
+        inception_score = evaluate.InceptionScore(360, "cpu")
+        inception_score.add(logits, range(360))
+        assert inception_score.score() == pytest.approx(wanted, rel=0.05)
+
+
+def naive_precision(x, y, k=3):
+    """The share of x that lies no farther from one of y than that one's k-th neighbour in y."""
+    reach = [sorted(((a - b) ** 2).sum() for b in y)[k] for a in y]
+    return np.mean([any(((a - b) ** 2).sum() <= r for b, r in zip(y, reach)) for a in x])
+
+
+def test_precision_and_recall_are_those_of_loops_over_all_pairs():
+    rng = np.random.default_rng(0)
+    x, y = (torch.from_numpy(rng.normal(at, 1, (n, 6)).round(2)) for at, n in ((0, 41), (0.8, 30)))
+    for a, b in ((x, y), (y, x)):
+        got = evaluate.inside(a, b, evaluate.radii(b, block=7), block=11)
+        assert got == pytest.approx(naive_precision(a.numpy(), b.numpy())) and 0.1 < got < 0.9
+
+
+def test_five_numbers_are_those_of_the_formulas(tiny, tmp_path, monkeypatch):
+    import scipy.linalg
+    monkeypatch.setattr(evaluate, "SPLIT", 25)
+    a, b = pictures(60), pictures(50, 1) // 2 + 60
+    np.savez(tmp_path / "a.npz", arr_0=a)
+    np.savez(tmp_path / "b.npz", arr_0=b)
+    got = score("--samples", tmp_path / "a.npz", "--ref", tmp_path / "b.npz", "--batch-size", 7)
+    (x, xs, logits), (y, ys, _) = features(a), features(b)
+    for name, p, q in (("fid", x, y), ("sfid", xs, ys)):
+        s, t = np.cov(p, rowvar=False), np.cov(q, rowvar=False)
+        wanted = ((p.mean(0) - q.mean(0)) ** 2).sum() + np.trace(s + t - 2 * scipy.linalg.sqrtm(s @ t).real)
+        assert got[name] == pytest.approx(wanted, rel=1e-6)
+    assert got["is"] == pytest.approx(naive_inception_score(logits, 25), rel=1e-6)
+    assert (got["precision"], got["recall"]) == pytest.approx((naive_precision(x, y), naive_precision(y, x)))
+
+
+# Where images come from
+
+def test_an_npz_a_folder_and_a_prepared_dataset_of_the_same_images_are_the_same(tiny, tmp_path, monkeypatch):
+    images, ref = pictures(30, shape=(8, 8, 3)), tmp_path / "ref.npz"
+    np.savez(ref, arr_0=pictures(40, 1))
+    np.savez(tmp_path / "stored.npz", arr_0=images)
+    np.savez_compressed(tmp_path / "packed.npz", arr_0=images, labels=np.arange(30))
+    write_pngs(tmp_path / "tree" / "class", images)
+    haste.main(["--prepare", f"{tmp_path}/tree", "--data-dir", f"{tmp_path}/data", "--resolution", "8",
+                "--vae", "none", "--num-workers", "0"])
+    real, asked = evaluate.zipfile.ZipExtFile.read, []
+    monkeypatch.setattr(evaluate.zipfile.ZipExtFile, "read",
+                        lambda self, n=-1: (asked.append(n), real(self, n))[1])
+    found = [score("--samples", tmp_path / name, "--ref", ref, "--batch-size", 8)
+             for name in ("stored.npz", "packed.npz", "tree", "data")]
+    assert found[1:] == found[:1] * 3
+    assert 0 < max(asked) <= 8 * 192 and min(asked) >= 0        # a batch, or numpy's header, never the whole
+    for name in ("stored.npz", "tree"):
+        more = "--batch-size", 8, "--num-workers", 2
+        assert found[0] == score("--samples", tmp_path / name, "--ref", ref, *more)
+    for name in ("stored.npz", "packed.npz", "tree", "data"):
+        batch = evaluate.open_images(tmp_path / name)[range(27, 30)]
+        assert torch.equal(batch, torch.from_numpy(images[27:]).permute(0, 3, 1, 2))
+
+
+def test_a_folder_may_hold_every_kind_of_image(tiny, tmp_path):
+    grey, folder = np.linspace(0, 65535, 15).astype(np.uint16).reshape(5, 3), tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    Image.fromarray(grey).save(folder / "1.png")
+    Image.fromarray(np.full((5, 3), 77, np.uint8)).save(folder / "2.PNG")
+    Image.fromarray(np.full((5, 3, 4), (10, 20, 30, 0), np.uint8)).save(folder / "3.png")
+    Image.fromarray(np.full((5, 3, 3), 200, np.uint8)).quantize(2).save(tmp_path / "4.png")
+    images = evaluate.open_images(tmp_path)
+    assert len(images) == 4 and images.shape == (4, 5, 3, 3)
+    by_name = dict(zip((p.name for p in images.paths), images[range(4)].float()))
+    assert (by_name["1.png"] == torch.from_numpy(grey // 257)).all()        # not clipped to white
+    assert (by_name["2.PNG"] == 77).all() and (by_name["4.png"] == 200).all()
+    assert by_name["3.png"][:, 0, 0].tolist() == [10, 20, 30]
+    for name in ("1", "2"):
+        write_pngs(tmp_path / "dots" / name, pictures(5, shape=(1, 1, 3)))
+    assert score("--samples", tmp_path / "dots" / "1", "--ref", tmp_path / "dots" / "2")["fid"] < 1e-9
+
+
+def test_a_reference_that_make_ref_wrote_gives_the_same_numbers(tiny, tmp_path, monkeypatch, capsys):
+    write_pngs(tmp_path / "real", pictures(30))
+    np.savez(tmp_path / "samples.npz", arr_0=pictures(35, 1))
+    samples, ref = ["--samples", tmp_path / "samples.npz"], tmp_path / "sub" / "ref.npz"
+    score("--make-ref", tmp_path / "real", "--out", ref)
+    wanted, made = score(*samples, "--ref", tmp_path / "real"), dict(np.load(ref))
+    assert score(*samples, "--ref", ref) == pytest.approx(wanted, rel=1e-9)
+    assert {k: (x.dtype.name, x.shape) for k, x in made.items()} == {
+        "arr_0": ("uint8", (30, 8, 8, 3)), "mu": ("float64", (24,)), "sigma": ("float64", (24, 24)),
+        "mu_s": ("float64", (20,)), "sigma_s": ("float64", (20, 20))}
+    assert np.array_equal(made.pop("arr_0"), pictures(30))
+    np.savez(tmp_path / "alone.npz", **made)
+    capsys.readouterr()
+    alone = score(*samples, "--ref", tmp_path / "alone.npz")
+    assert alone == pytest.approx({k: wanted[k] for k in ("fid", "sfid", "is")}, rel=1e-9)
+    assert "left out: " in (out := capsys.readouterr().out) and "holds statistics but no images" in out
+    monkeypatch.setattr(evaluate, "OF_REF", 4)          # of many images a few, from all over
+    score("--make-ref", tmp_path / "real", "--out", ref)
+    assert np.array_equal(np.load(ref)["arr_0"], pictures(30)[[0, 10, 19, 29]])
+    assert score(*samples, "--ref", ref)["fid"] == pytest.approx(wanted["fid"], rel=1e-9)
+
+
+def test_a_sample_files_own_statistics_go_before_its_images_as_in_adm(tiny, tmp_path):
+    np.savez(tmp_path / "other.npz", arr_0=pictures(50, 5))
+    score("--make-ref", tmp_path / "other.npz", "--out", tmp_path / "ref.npz")
+    np.savez(tmp_path / "mixed.npz", **dict(np.load(tmp_path / "ref.npz")) | {"arr_0": pictures(40, 6)})
+    np.savez(tmp_path / "plain.npz", arr_0=pictures(40, 6))
+    mixed, plain = (score("--samples", tmp_path / f"{name}.npz", "--ref", tmp_path / "ref.npz", "--json",
+                          tmp_path / "j.json") for name in ("mixed", "plain"))
+    assert abs(mixed["fid"]) < 1e-6 < plain["fid"] and mixed["is"] == plain["is"]
+    assert mixed["precision"] == plain["precision"]
+
+
+# Samples of a checkpoint
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory):
+    """A folder with a run's checkpoint at step 2, 8 x 8 pixels, 4 classes; and one without label dropout."""
+    out = tmp_path_factory.mktemp("runs")
+    haste.main(flags(world, out, max_train_steps=2))
+    haste.main(flags(world, out, exp_name="no_null", max_train_steps=2, cfg_prob=0))
+    np.savez(out / "ref.npz", arr_0=pictures(30))
+    return out
+
+
+def drawing(runs, out, **more):
+    """20 samples in 5 batches of a copy of the checkpoint, below out, in words of the command line."""
+    path = out / "run" / "checkpoints" / "0000002.pt"
+    if not path.is_file():
+        path.parent.mkdir(parents=True)
+        path.write_bytes((runs / "run" / "checkpoints" / "0000002.pt").read_bytes())
+    given = {"ckpt": path, "ref": runs / "ref.npz", "num-samples": 20, "batch-size": 4, "num-steps": 3,
+             "json": out / "out.json"} | {k.replace("_", "-"): v for k, v in more.items()}
+    return [w for k, v in given.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+
+
+def test_the_protocol_is_told_whole_in_print_and_in_json(tiny, runs, tmp_path, capsys):
+    guided = dict(mode="heun", cfg_scale=1.5, guidance_high=0.7)
+    results = score(*drawing(runs, tmp_path, inception="random", **guided))
+    lines = capsys.readouterr().out.splitlines()
+    told, = (tmp_path / "run" / "eval").iterdir()
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert told.suffix == ".json" and json.loads(told.read_text()) == report
+    assert {k: report[k] for k in results} == results
+    assert list(results) == ["fid", "sfid", "is", "precision", "recall"]
+    assert np.isfinite(list(results.values())).all()
+    wanted = {"sampler": "heun", "evaluations": 5, "guidance": 1.5, "interval": [0.0, 0.7], "seed": 0,
+              "number of samples": 20, "labels": "uniform at random", "precision": "fp32", "weights": "EMA",
+              "VAE": "none: pixels", "size": "8 x 8", "features": "random",
+              "reference": str(runs / "ref.npz")}
+    assert {k: report["protocol"].get(k) for k in wanted} == wanted
+    for name, value in report["protocol"].items():
+        assert any(line.startswith(name) and str(value) in line for line in lines)
+    assert all(line.count("comparable only with itself") == 1 for line in lines)
+    assert sum(line.startswith("warning") and "20 samples" in line for line in lines) == 1
+
+
+def test_the_samples_that_are_kept_are_those_that_were_measured(tiny, runs, tmp_path):
+    drawn = score(*drawing(runs, tmp_path, save_npz=tmp_path / "new" / "s.npz"))
+    kept = np.load(tmp_path / "new" / "s.npz")
+    arr_0 = kept["arr_0"]
+    assert kept.files == ["arr_0"] and arr_0.shape == (20, 8, 8, 3) and arr_0.dtype == np.uint8
+    ready = score("--samples", tmp_path / "new" / "s.npz", "--ref", runs / "ref.npz", "--batch-size", 4)
+    assert ready == drawn and [p.name for p in (tmp_path / "new").iterdir()] == ["s.npz"]
+    assert [p.suffix for p in (tmp_path / "run" / "eval").iterdir()] == [".json"]       # no state is left
+    model, _ = haste.load_model(tmp_path / "run" / "checkpoints" / "0000002.pt", None)
+    args = evaluate.parse(drawing(runs, tmp_path))
+    args.precision = "fp32"
+    samples = evaluate.Generated(args, torch.device("cpu"))
+    assert same(samples.model.state_dict(), model.state_dict())     # the EMA's
+    assert torch.equal(samples[range(8, 12)], torch.from_numpy(arr_0[8:12]).permute(0, 3, 1, 2))
+    assert not torch.equal(samples[range(8, 12)], samples[range(12, 16)])
+
+
+class Killed(BaseException):
+    pass
+
+
+def count_batches(monkeypatch, stop=None):
+    """The list that will hold the first row of each batch drawn; after `stop` of them the run is killed."""
+    real, drawn = evaluate.Generated.__getitem__, []
+
+    def drawing(self, rows):
+        if len(drawn) == stop:
+            raise Killed
+        drawn.append(rows.start)
+        return real(self, rows)
+    monkeypatch.setattr(evaluate.Generated, "__getitem__", drawing)
+    return drawn
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_killed_run_goes_on_and_ends_as_one_never_killed(tiny, runs, tmp_path, monkeypatch, capsys, kept):
+    more = lambda out: {"save_every": 0} | ({"save_npz": out / "s.npz"} if kept else {})
+    whole = score(*drawing(runs, tmp_path / "whole", **more(tmp_path / "whole")))
+    argv = drawing(runs, tmp_path, **more(tmp_path))
+    with monkeypatch.context() as patch:
+        count_batches(patch, stop=3)
+        with pytest.raises(Killed):
+            score(*argv)
+    state, = (tmp_path / "run" / "eval").glob("*.state")
+    saved = state.read_bytes()
+    others = ["--seed=1", "--num-steps=4", "--cfg-scale=2", "--guidance-high=.5", "--mode=ode", "--balanced",
+              "--precision=bf16", "--no-prec-recall", f"--inception={runs / 'ref.npz'}"]
+    for changed in others[:1] if kept else others:
+        with monkeypatch.context() as patch:
+            drawn = count_batches(patch)
+            score(*argv, changed)
+        assert drawn == [0, 4, 8, 12, 16] and state.read_bytes() == saved, changed
+    drawn = count_batches(monkeypatch)
+    capsys.readouterr()
+    assert score(*argv) == whole and drawn == [12, 16] and not state.exists()
+    assert "resuming after 12 of 20 samples" in capsys.readouterr().out
+    if kept:
+        a, b = (np.load(folder / "s.npz")["arr_0"] for folder in (tmp_path, tmp_path / "whole"))
+        assert np.array_equal(a, b)
+    drawn.clear()
+    assert score(*argv) == whole and drawn == [0, 4, 8, 12, 16]     # what is finished is no start
+
+
+@pytest.mark.parametrize("harm", ["torn", "another checkpoint", "no samples"])
+def test_progress_that_cannot_be_used_is_not(tiny, runs, tmp_path, monkeypatch, capsys, harm):
+    argv = drawing(runs, tmp_path, save_every=0, save_npz=tmp_path / "s.npz")
+    with monkeypatch.context() as patch:
+        count_batches(patch, stop=3)
+        with pytest.raises(Killed):
+            score(*argv)
+    if harm == "torn":
+        state, = (tmp_path / "run" / "eval").glob("*.state")
+        state.write_bytes(state.read_bytes()[:1000])
+    elif harm == "no samples":
+        for raw in tmp_path.glob("s.npz.*"):
+            raw.unlink()
+    else:
+        path = tmp_path / "run" / "checkpoints" / "0000002.pt"
+        os.utime(path, (1, 1))
+    drawn = count_batches(monkeypatch)
+    capsys.readouterr()
+    score(*argv)
+    assert drawn == [0, 4, 8, 12, 16]
+    assert ("starting anew" in capsys.readouterr().out) == (harm == "torn")
+
+
+def test_two_processes_draw_and_measure_what_one_does(tiny, runs, tmp_path):
+    one = score(*drawing(runs, tmp_path / "one", save_npz=tmp_path / "one.npz", num_samples=42))
+    script = tmp_path / "tiny_evaluate.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(Path(HASTE).parent)!r})\n"
+                      "import evaluate, test_haste\n"
+                      "vars(evaluate).update(test_haste.SMALL, Inception=test_haste.TinyInception)\n"
+                      "evaluate.main()\n")
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    argv = drawing(runs, tmp_path / "two", save_npz=tmp_path / "two.npz", num_samples=42)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*torchrun, script, *argv], env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("fid  ") == 2 and done.stdout.count("recall  ") == 1       # told once
+    two = json.loads((tmp_path / "two" / "out.json").read_text())
+    assert {k: two[k] for k in one} == pytest.approx(one, rel=1e-9)
+    assert np.array_equal(np.load(tmp_path / "two.npz")["arr_0"], np.load(tmp_path / "one.npz")["arr_0"])
+
+
+def test_labels_are_drawn_at_random_or_are_as_many_of_each_class_in_random_order(runs, tmp_path):
+    def labels(*more):
+        args = evaluate.parse([*drawing(runs, tmp_path, num_samples=4000), *more])
+        return evaluate.Generated(args, torch.device("cpu")).labels.numpy()
+    balanced, drawn = labels("--balanced"), labels()
+    assert np.bincount(balanced).tolist() == [1000] * 4
+    counts = np.bincount(drawn, minlength=4)
+    assert counts.tolist() != [1000] * 4 and np.abs(counts - 1000).max() < 5 * math.sqrt(4000 * 3 / 16)
+    for y in (balanced, drawn):     # no class follows another more often than by chance
+        follows = np.bincount(4 * y[:-1] + y[1:], minlength=16)
+        assert np.abs(follows - 250).max() < 5 * math.sqrt(4000 * 15 / 256)
+    assert same(labels().tolist(), drawn.tolist()) and labels("--seed", "1").tolist() != drawn.tolist()
+
+
+def test_the_noise_of_the_sde_is_not_the_noise_that_it_starts_from(runs, tmp_path, monkeypatch):
+    samples = evaluate.Generated(evaluate.parse(drawing(runs, tmp_path)), torch.device("cpu"))
+    seeds, real = [], haste.seeded_noise
+    monkeypatch.setattr(haste, "seeded_noise",
+                        lambda model, n, seed, device: (seeds.append(seed), real(model, n, seed, device))[1])
+    for rows in (range(0, 4), range(4, 8)):
+        samples[rows]
+        seeds.append(torch.initial_seed())
+    assert len(set(seeds)) == 4
+
+
+def test_latents_are_decoded_by_the_vae_and_the_protocol_names_it(tiny, world, latents, runs, tmp_path):
+    haste.main(flags(world, tmp_path, data_dir=latents, max_train_steps=2))
+    for more, name in (({}, "stub"), ({"vae": "another"}, "another")):
+        score(*drawing(runs, tmp_path, **more))
+        protocol = json.loads((tmp_path / "out.json").read_text())["protocol"]
+        assert (protocol["VAE"], protocol["size"]) == (name, "64 x 64")
+
+
+def test_what_makes_a_fid_incomparable_is_said(tiny, runs, tmp_path, capsys, monkeypatch):
+    np.savez(tmp_path / "wide.npz", arr_0=pictures(20, shape=(8, 12, 3)))
+    score("--samples", tmp_path / "wide.npz", "--ref", runs / "ref.npz")
+    out = capsys.readouterr().out
+    assert "samples are 12 x 8, reference images 8 x 8" in out
+    assert "fewer than the 24 features" in out and "FID is biased upwards" in out
+    monkeypatch.setattr(evaluate, "NEIGHBOURS", 20)
+    assert "precision" not in score("--samples", tmp_path / "wide.npz", "--ref", runs / "ref.npz")
+    assert "left out: they take more than 20 images on either side" in capsys.readouterr().out
+    few, enough = (list(evaluate.warnings(range(n), None)) for n in (5000, 50_000))
+    assert len(few) == 1 and "would have 9.75 with 5,000" in few[0] and "fewer" not in few[0] and not enough
+
+
+# Mistakes
+
+@pytest.fixture(scope="module")
+def mess(runs, tmp_path_factory):
+    """A folder of good.npz, and of everything that a user might pass in its place."""
+    home, save = tmp_path_factory.mktemp("mess"), np.savez
+    images, n, d, eye = pictures(6), 2048, 2023, np.eye
+    statistics = {"mu": np.zeros(n), "sigma": eye(n), "mu_s": np.zeros(d), "sigma_s": eye(d)}
+    save(home / "good.npz", arr_0=images)
+    save(home / "float.npz", arr_0=images / 255)
+    save(home / "nchw.npz", arr_0=images.transpose(0, 3, 1, 2))
+    save(home / "fortran.npz", arr_0=np.asfortranarray(images))
+    save(home / "grey.npz", arr_0=images[..., 0])
+    save(home / "object.npz", arr_0=np.array([{}, None]))
+    save(home / "one.npz", arr_0=images[:1])
+    save(home / "keyless.npz", samples=images)
+    save(home / "statistics.npz", **statistics)
+    save(home / "pytorch_fid.npz", mu=statistics["mu"], sigma=statistics["sigma"])
+    save(home / "nan.npz", **statistics | {"mu_s": np.full(d, np.nan)})
+    save(home / "swapped.npz", **statistics | {"sigma_s": eye(n)})
+    save(home / "pickled.npz", **statistics | {"mu": np.array([{}])})
+    whole = (home / "good.npz").read_bytes()
+    (home / "cut.npz").write_bytes(whole[:-200])
+    (home / "damaged.npz").write_bytes(whole[:600] + bytes([whole[600] ^ 255]) + whole[601:])
+    with evaluate.zipfile.ZipFile(home / "short.npz", "w") as file:
+        file.writestr("arr_0.npy", evaluate.zipfile.ZipFile(home / "good.npz").read("arr_0.npy")[:-9])
+    (home / "text.npz").write_text("no archive")
+    (home / "empty").mkdir()
+    write_pngs(home / "mixed", [*images, *pictures(1, shape=(9, 8, 3))])
+    write_pngs(home / "single", images[:1])
+    write_pngs(home / "torn", images)
+    (home / "torn" / "0003.png").write_bytes((home / "torn" / "0003.png").read_bytes()[:99])
+    torch.save(tiny_vit().state_dict(), home / "vit.pth")
+    (home / "cut.pth").write_bytes((home / "vit.pth").read_bytes()[:5000])
+    for name in ("run", "no_null"):
+        (home / f"{name}.pt").write_bytes((runs / name / "checkpoints" / "0000002.pt").read_bytes())
+    return home
+
+
+@pytest.mark.parametrize("path, sentence", {
+    "nothing.npz": "there is no file or folder", "float.npz": "float64", "nchw.npz": "it is NCHW",
+    "fortran.npz": "Fortran", "grey.npz": "(6, 8, 8)", "object.npz": "object", "one.npz": "at least two",
+    "keyless.npz": "holds samples, but no images", "cut.npz": "no whole .npz", "short.npz": "cut short",
+    "text.npz": "no whole .npz", "damaged.npz": "Bad CRC", "empty": "has no images",
+    "mixed": "0006.png is 8 x 9", "single": "at least two images", "torn": "0003.png cannot be read"}.items())
+def test_a_mistake_in_samples_or_in_a_reference(tiny, mess, capsys, monkeypatch, path, sentence):
+    drawn = count_batches(monkeypatch)
+    for argv in (["--samples", mess / path, "--ref", mess / "good.npz"],
+                 ["--samples", mess / path, "--ref", mess / "good.npz", "--num-workers", 1],
+                 ["--make-ref", mess / path, "--out", mess / "ref.npz"],
+                 ["--ckpt", mess / "run.pt", "--ref", mess / path, "--num-samples", 20]):
+        assert sentence in refusal(capsys, *argv)
+    assert not drawn and not (mess / "ref.npz").exists()        # told before any sample was drawn
+
+
+@pytest.mark.parametrize("argv, sentence", [
+    ("--samples statistics.npz --ref good.npz", "no images under arr_0"),
+    ("--samples good.npz --ref pytorch_fid.npz", "pytorch-fid and clean-fid"),
+    ("--samples good.npz --ref nan.npz", "is not finite"),
+    ("--samples good.npz --ref swapped.npz", "(2023, 2023)"),
+    ("--samples good.npz --ref pickled.npz", "cannot be read"), ("--samples good.npz", "--ref is missing"),
+    ("--samples good.npz --ref good.npz --json good.npz/out.json", "cannot be written"),
+    ("--samples good.npz --ref good.npz --json empty", "cannot be written"),
+    ("--make-ref good.npz --out good.npz/ref.npz", "cannot be written"),
+    ("--ckpt run.pt --ref good.npz --save-npz good.npz/s.npz", "cannot be written"),
+    ("--samples good.npz --ref good.npz --inception vit.pth", "could not be loaded as the FID Inception's"),
+    ("--samples good.npz --ref good.npz --inception cut.pth", "could not be loaded as the FID Inception's"),
+    ("--samples good.npz --ref good.npz --inception no.pth", "could not be loaded as the FID Inception's"),
+    ("--ckpt no.pt --ref good.npz", "no.pt cannot be read"), ("--ckpt run.pt --ref no.npz", "no file or folder"),
+    ("--ckpt good.npz --ref good.npz", "cannot be read"), ("--ckpt vit.pth --ref good.npz", "holds no weights"),
+    ("--ckpt no_null.pt --ref good.npz --cfg-scale 1.5", "without label dropout"),
+    ("--ckpt run.pt --ref good.npz --num-samples 1", "at least 2"), ("--ref good.npz", "--ckpt"),
+    ("--ckpt run.pt --ref good.npz --cfg-scale nan", "--cfg-scale"),
+    ("--ckpt vit.pth --ref good.npz --model SiT-H/2", "unknown model"),
+    ("--samples good.npz --ref good.npz --num-steps 50", "--num-steps says nothing about --samples"),
+    ("--samples good.npz --ref good.npz --save-npz s.npz", "--save-npz says nothing about --samples"),
+    ("--make-ref good.npz --ref good.npz", "--ref says nothing about --make-ref"),
+    ("--ckpt run.pt --ref good.npz --out o.npz", "--out says nothing about --ckpt"),
+])
+def test_a_mistake_in_the_flags_of_evaluate(mess, capsys, monkeypatch, argv, sentence):
+    monkeypatch.chdir(mess)
+    drawn, before = count_batches(monkeypatch), {p.name for p in mess.iterdir()} | {"eval"}
+    assert sentence in refusal(capsys, *argv.split())
+    assert not drawn and {p.name for p in mess.iterdir()} <= before
+
+
+def test_a_disk_too_small_for_the_samples_is_said_at_once(tiny, mess, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=7e8))
+    keep = "--save-npz", tmp_path / "s.npz", "--num-samples", 2_000_000
+    said = refusal(capsys, "--ckpt", mess / "run.pt", "--ref", mess / "good.npz", *keep)
+    assert "0.8 GB" in said and "0.7 GB are free" in said and not list(tmp_path.iterdir())
