@@ -31,8 +31,11 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from timm.models.vision_transformer import VisionTransformer
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -769,7 +772,177 @@ def judge_letters(home, checkpoints, tau):
     print(f"{home}/demo.png shows them; the metrics are in {home}/metrics.jsonl and {home}/metrics.json")
 
 
-# ---- 7. The command line -----------------------------------------------------------------------------------
+# ---- 7. How fast a step is: haste.py --bench ---------------------------------------------------------------
+
+PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362}     # dense bf16 TFLOP/s
+
+
+class PlainSiT(haste.SiT):
+    """SiT with no alignment code in its path: what phase II has to be as fast as."""
+
+    def forward(self, x, t, y):
+        h = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(y)
+        for block in self.blocks:
+            h, _ = block(h, c)
+        return self.unpatchify(self.final_layer(h, c))
+
+
+def plain_step(learner, x0, eps, t, labels):
+    """A step of SiT as one would write it who has never heard of alignment."""
+    s = t.view(-1, 1, 1, 1)
+    with learner.autocast():
+        v = learner.net((1 - s) * x0 + s * eps, t, labels)
+    loss = ((v.float() - (eps - x0)) ** 2).mean()
+    learner.scaler.scale(loss).backward()
+    learner.scaler.unscale_(learner.optimizer)
+    nn.utils.clip_grad_norm_(learner.model.parameters(), learner.args.max_grad_norm)
+    learner.scaler.step(learner.optimizer)
+    learner.scaler.update()
+    learner.optimizer.zero_grad(set_to_none=True)
+    learner.update_ema(*learner.followed, None)
+
+
+def tflop(call, *given):
+    """What a call multiplies and adds; attention counts as two products of matrices, and nothing twice."""
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), \
+            FlopCounterMode(display=False) as counter:
+        call(*given)
+    return counter.get_total_flops() / 1e12
+
+
+def peak_memory(device, reset=False):
+    """The most GiB held since the last reset: of the GPU's memory, or on Linux of this process's, or None."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2 ** 20
+
+
+class Bench:
+    """What haste.py --bench times: plain SiT and ours, on made-up data. Each row of the table is a learner, and a
+    call for the first n images."""
+
+    def __init__(self, args, rank, world, device):
+        self.args, self.device, self.cuda = args, device, device.type == "cuda"
+        self.B, self.R = args.batch_size // world, args.resolution or 256
+        S, n = self.R // 8, self.R // 8 // int(args.model.split("/")[1])
+        blocks = args.teacher_blocks or haste.MODELS[args.model.removeprefix("SiT-").split("/")[0]][4]
+        try:
+            with haste.first_on_node():
+                self.teacher = haste.load_teacher(args.teacher, n, blocks, args.teacher_repo)
+            self.shown = args.teacher
+        except BadInput:
+            vit = VisionTransformer(img_size=14 * n, patch_size=14, num_classes=0, init_values=1.0)
+            self.teacher, self.shown = haste.Teacher(vit, blocks, n), "a ViT-B/14 with random weights"
+        self.teacher.to(device)
+        sizes = dict(input_size=S, teacher_dim=self.teacher.dim)
+        args.gradient_accumulation_steps = 1
+        self.plain, self.ours = (
+            haste.Learner(haste.build_model(args.model, kind=kind, **sizes).to(device), args, device)
+            for kind in (PlainSiT, haste.SiT))
+        if args.compile:
+            self.ours.ema.compile(dynamic=False)
+        g = torch.Generator(device).manual_seed(0)
+        x0, eps = torch.randn(2, self.B, 4, S, S, device=device, generator=g)
+        t, labels = torch.rand(self.B, device=device, generator=g), torch.arange(self.B, device=device) % 1000
+        self.given = x0, eps, t, labels
+        shape = self.B, 3, self.R, self.R
+        self.images = torch.randint(256, shape, device=device, generator=g, dtype=torch.uint8)
+        self.rows = {
+            "plain SiT": (self.plain, lambda n: plain_step(self.plain, *self.first(n))),
+            "phase I": (self.ours, lambda n: self.ours.step(*self.first(n), self.images[:n], self.teacher)),
+            "phase II": (self.ours, lambda n: self.ours.step(*self.first(n))),
+            "sampling": (self.ours, lambda n: self.evaluate(n, 1)),
+            "sampling, guided": (self.ours, lambda n: self.evaluate(n, 2))}
+
+    def first(self, n):
+        return [x[:n] for x in self.given]
+
+    @torch.no_grad()
+    def evaluate(self, n, times):
+        x, _, t, labels = self.first(n)
+        with self.ours.autocast():
+            self.ours.ema(x.repeat(times, 1, 1, 1), t.repeat(times), labels.repeat(times))
+
+    def synchronize(self):
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def time(self, name, steps):
+        """(seconds a step, GiB: of the row's own weights, EMA and optimizer, and above that, of its steps)."""
+        learner, call = self.rows[name]
+        learner.wrap(projector=name == "phase I")
+        call(self.B)        # the first after a switch compiles, or builds DDP's buckets
+        self.synchronize()
+        tensors = [*learner.model.parameters(), *learner.ema.parameters(),
+                   *(x for state in learner.optimizer.state.values() for x in state.values())]
+        own, held = sum(x.nbytes for x in tensors) / 2 ** 30, peak_memory(self.device, reset=True)
+        began = time.perf_counter()
+        for _ in range(steps):
+            call(self.B)
+        self.synchronize()
+        return (time.perf_counter() - began) / steps, held and own + peak_memory(self.device) - held
+
+    def count(self):
+        """{row: TFLOP of one image}, and of teacher and projector alone."""
+        counted = {}
+        for name, (learner, call) in self.rows.items():
+            learner.wrap(projector=name == "phase I")
+            counted[name] = tflop(call, 1)
+        weights = sum(p.numel() for p in self.ours.model.projectors.parameters() if p.ndim == 2)
+        tokens = self.teacher.grid ** 2     # each weight serves forward, for its gradient, for its input's
+        return counted, tflop(self.teacher, self.images[:1]) + 3 * 2 * tokens * weights / 1e12
+
+
+def bench(args):
+    """haste.py --bench: training steps of plain SiT, phase I and phase II, and evaluations of the sampler, in
+    turns, so that a noisy machine favours none. Prints a table, and writes it to args.json."""
+    rank, world, device = haste.setup(args)
+    b = Bench(args, rank, world, device)
+    counted, added = b.count()
+    rounds, steps = (20, 5) if b.cuda else (7, 1)
+    times, memory = {name: [] for name in b.rows}, {}
+    for i in tqdm(range(rounds + 1), desc="rounds", disable=rank > 0):
+        for name in b.rows:
+            seconds, memory[name] = b.time(name, steps)
+            times[name] += [seconds] if i else []       # the first round warms up
+    if rank:
+        return
+
+    name = torch.cuda.get_device_name() if b.cuda else f"{torch.get_num_threads()} CPU threads"
+    peak = next((p for key, p in PEAKS.items() if key in name), None) if args.precision != "fp32" else None
+    report = {"model": args.model, "device": f"{world} x {name}", "batch a device": b.B, "resolution": b.R,
+              "precision": args.precision, "compiled": args.compile, "teacher": b.shown,
+              "torch": torch.__version__}
+    print("\n".join(f"{key:16} {value}" for key, value in report.items()))
+    print(f"{'':18}{'ms (low-high)':>26}{'images/s':>10}{'TFLOP':>9}{'TFLOP/s':>9}{'MFU':>7}{'GiB':>7}"
+          f"{'over plain':>12}")
+    rows = report["rows"] = {}
+    for name, x in times.items():
+        ms, work = 1e3 * np.median(x), b.B * counted[name]
+        over = np.median(np.divide(x, times["plain SiT"]))      # of neighbours in time
+        rate, speed = 1e3 * world * b.B / ms, 1e3 * work / ms
+        rows[name] = {"ms": ms, "ms_low": 1e3 * min(x), "ms_high": 1e3 * max(x), "images_per_sec": rate,
+                      "tflop": work, "tflop_per_sec": speed, "mfu": peak and speed / peak,
+                      "peak_memory_gib": memory[name], "over_plain": over}
+        spread = f"{ms:.1f} ({1e3 * min(x):.1f}-{1e3 * max(x):.1f})"
+        mfu, gib = f"{speed / peak:.1%}" if peak else "-", f"{memory[name]:.2f}" if memory[name] else "-"
+        print(f"{name:18}{spread:>26}{rate:>10.1f}{work:>9.3f}{speed:>9.3f}{mfu:>7}{gib:>7}{over:>12.3f}")
+    report["phase2_over_plain"] = rows["phase II"]["over_plain"]
+    report["phase1_over_expected"] = rows["phase I"]["over_plain"] / (1 + added / counted["plain SiT"])
+    print(f"phase II over plain SiT: {report['phase2_over_plain']:.3f}; phase I over plain SiT with the counted "
+          f"FLOP of teacher and projector: {report['phase1_over_expected']:.3f}")
+    if args.json:
+        write_file(Path(args.json), lambda f: f.write(json.dumps(report, indent=1).encode()))
+
+
+# ---- 8. The command line -----------------------------------------------------------------------------------
 
 DRAWING = {"num_samples", "mode", "num_steps", "cfg_scale", "guidance_low", "guidance_high", "balanced",
            "seed", "precision", "model", "vae", "save_npz", "save_every"}

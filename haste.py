@@ -202,7 +202,7 @@ class SiT(nn.Module):
                            f"{tuple(attention_blocks)}, from 0, or feature block {feature_block}, from 1")
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.attention_blocks, self.feature_block = tuple(attention_blocks), feature_block
-        self.grad_checkpoint = False    # compute blocks anew in the backward pass, rather than keep what they did
+        self.grad_checkpoint = False    # the backward pass computes blocks anew, for want of memory
         # In REPA's order, because the optimizer states in its checkpoints count parameters in that order.
         positions = sincos_positions(hidden_size, input_size // patch_size)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
@@ -360,8 +360,8 @@ def feature_loss(z, y):
 class CrossEntropyOfMaps(torch.autograd.Function):
     """(q, k) of student and teacher -> the mean cross-entropy of their maps' rows, in memory linear in N.
 
-    The gradient by the student's logits is A^S - A^T: it is taken on the way, while a piece of the maps is there,
-    so that no map is kept. A piece is all of them for N <= 512: faster than autograd there, too."""
+    The gradient by the student's logits is A^S - A^T. It is taken on the way, while a piece of the maps is
+    there, so that none is kept; for N <= 512 that piece is all, and this is faster than autograd, too."""
 
     @staticmethod
     def forward(ctx, q, k, q_t, k_t):
@@ -482,14 +482,14 @@ TODO, SKIPPED = -2, -1      # in labels.npy: an image still to be prepared, and 
 
 
 def load_array(path, kind, *shape):
-    """A memory map of the .npy file, whose dtype must be of this kind, and shape this one, None for any size."""
+    """A memory map of the .npy file, of this kind of dtype and this shape, None for any size, or BadInput."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
         raise BadInput(f"{path} is missing or cut short ({brief(e)}): run its --prepare anew") from e
     if array.dtype.kind != kind or len(array.shape) != len(shape) or any(
             want not in (None, size) for want, size in zip(shape, array.shape)):
-        raise BadInput(f"{path} is {array.dtype} {array.shape}, where {shape} was expected: run --prepare anew")
+        raise BadInput(f"{path} is {array.dtype} {array.shape}, where {shape} belongs: --prepare it anew")
     return array
 
 
@@ -536,8 +536,8 @@ class Data(Dataset):
                 raise BadInput(f"{listing} gives no label to {min(missing)}")
             sizes = [(folder / "vae-sd" / name).stat().st_size for name in self.moments.names]
             if len(set(sizes)) > 1:
-                raise BadInput(f"{folder}/vae-sd: {self.moments.names[np.argmin(sizes)]} has {min(sizes)} bytes, "
-                               f"others up to {max(sizes)}: it is cut short")
+                raise BadInput(f"{folder}/vae-sd: {self.moments.names[np.argmin(sizes)]} has {min(sizes)} "
+                               f"bytes, others up to {max(sizes)}: it is cut short")
             self.slots, labels = np.arange(n), np.array([of[name] for name in self.moments.names])
             facts = {"vae": VAE_ENCODER, "scale": VAE_SCALE, "classes": list(range(labels.max() + 1))}
         else:
@@ -781,7 +781,7 @@ def exclusive(folder):
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)       # a killed process lets go of it
         except BlockingIOError as e:
             f.seek(0)
-            raise BadInput(f"{folder} is in use by {f.read()}: wait for it, or choose another --exp-name") from e
+            raise BadInput(f"{folder} is in use by {f.read()}: wait, or name another --exp-name") from e
         f.truncate(0)
         f.write(f"process {os.getpid()} on {socket.gethostname()}")
         f.flush()
@@ -824,7 +824,7 @@ def ignore_stop_signals(worker):
 
 
 def write_file(path, write):
-    """Lets write(f) fill a temporary file, which takes its name when it is whole and on disk; else it goes."""
+    """Lets write(f) fill a temporary file, which takes its name once it is whole and on disk, or goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
@@ -861,7 +861,7 @@ def write_checkpoint(path, state):
 
 
 def is_whole(path):
-    """Reads a checkpoint through, against its checksum, or where it has none (REPA's) against those of zip."""
+    """Reads a checkpoint through, against its checksum, or, of one that has none (REPA's), zip's own."""
     with open(path, "rb") as f:
         sha256 = digest(f, path.stat().st_size - len(CHECKSUM) - 64)
         end = f.read()
@@ -918,13 +918,13 @@ def load_file(path):
     return saved | {"args": args if isinstance(args, dict) else vars(args)}
 
 
-def build_model(name, **sizes):
+def build_model(name, kind=SiT, **sizes):
     """The SiT of that name; sizes are SiT's arguments, and go before the table's."""
     size, patch = name.removeprefix("SiT-").split("/")
     depth, width, heads, attention_blocks, _, feature_block, projector_dim, _ = MODELS[size]
     row = {"hidden_size": width, "depth": depth, "num_heads": heads, "attention_blocks": attention_blocks,
            "feature_block": feature_block, "projector_dim": projector_dim}
-    return SiT(**{"patch_size": int(patch)} | row | sizes)
+    return kind(**{"patch_size": int(patch)} | row | sizes)
 
 
 def load_model(path, name):
@@ -932,9 +932,10 @@ def load_model(path, name):
 
     Sizes are read off the weights, but for the number of heads, which the run's model, or `name`, gives."""
     saved = load_file(path)
-    args, state = saved["args"], saved.get("ema", saved)
-    state, name = {k: x for k, x in state.items() if isinstance(x, torch.Tensor)}, args.get("model", name)
+    args = saved["args"]
+    name = args.get("model", name)
     try:
+        state = {k: x for k, x in saved.get("ema", saved).items() if isinstance(x, torch.Tensor)}
         _, channels, patch, _ = state["x_embedder.proj.weight"].shape
         rows = len(state["y_embedder.embedding_table.weight"])
         drops = rows != args.get("num_classes")     # then the last row is the null label's
@@ -943,7 +944,7 @@ def load_model(path, name):
             num_classes=rows - drops, class_dropout_prob=0.1 * drops,
             projector_dim=len(state["projectors.0.0.bias"]), teacher_dim=len(state["projectors.0.4.bias"]))
         model.load_state_dict(state)
-    except (KeyError, RuntimeError) as e:
+    except (KeyError, RuntimeError, ValueError, AttributeError) as e:
         raise BadInput(f"{path} holds no weights of a {name}: name the right --model ({brief(e)})") from e
     return model.eval(), args
 
@@ -967,6 +968,8 @@ def load_vae(name, device):
 
 def load_decoder(encoder, args, device):
     """The VAE that decodes what `encoder` encoded; none for pixels. The paper's two are not the same."""
+    if args.vae and not encoder:
+        raise BadInput(f"--vae {args.vae}: the model learned pixels, which need none; leave the flag out")
     name = args.vae or (VAE_DECODER if encoder == VAE_ENCODER else encoder)
     return load_vae(name, device) if encoder else None
 
@@ -1042,24 +1045,28 @@ class Learner:
             self.optimizer.load_state_dict(saved["opt"])
             self.scaler.load_state_dict(saved.get("scaler", {}))
         except (KeyError, RuntimeError, ValueError) as e:
-            raise BadInput(f"{path} belongs to another model ({saved['args'].get('model')}) than this "
-                           f"{self.args.model}: choose another --exp-name, or its own flags ({brief(e)})") from e
+            raise BadInput(
+                f"{path} belongs to another model ({saved['args'].get('model')}) than this "
+                f"{self.args.model}: choose another --exp-name, or its own flags ({brief(e)})") from e
         for name in ("vae", "scale", "resolution"):
             if (before := saved["args"].get(name, config[name])) != config[name]:
-                raise BadInput(f"{path} learned from data of {name} {before}, where {self.args.data_dir} has {name} "
-                               f"{config[name]}: choose another --exp-name, or its own --data-dir")
+                raise BadInput(
+                    f"{path} learned from data of {name} {before}, where {self.args.data_dir} has {name} "
+                    f"{config[name]}: choose another --exp-name, or its own --data-dir")
 
     def wrap(self, projector):
-        """DDP around the model; a projector not in training is frozen: DDP need search no unused parameter."""
+        """DDP around the model; a projector not in training is frozen: no unused parameter to search for."""
         self.net = None
         gc.collect()        # with an earlier wrapper go its gradient hooks
         self.model.projectors.requires_grad_(projector)
+        pairs = [p for p in zip(self.ema.parameters(), self.model.parameters()) if p[1].requires_grad]
+        self.followed = [list(x) for x in zip(*pairs)]      # by the EMA
         self.net = self.model if not dist.is_initialized() else DDP(
             self.model, gradient_as_bucket_view=True, static_graph=self.args.gradient_accumulation_steps == 1)
 
     def step(self, x0, eps, t, labels, images=None, teacher=None):
-        """One step on this process's images. Returns, on the device, (6,): L, L_diff, L_REPA, L_ATTA, the norm of
-        the gradient, and 1 if it was not finite, so that every process left its weights as they were."""
+        """One step on this process's images. Returns, on the device, (6,): L, L_diff, L_REPA, L_ATTA, the
+        gradient's norm, and 1 where that was not finite, and every process left its weights as they were."""
         args, parts, total = self.args, self.args.gradient_accumulation_steps, 0
         shown = images.chunk(parts) if teacher else [None] * parts
         for i, (*part, seen) in enumerate(zip(*(x.chunk(parts) for x in (x0, eps, t, labels)), shown)):
@@ -1075,16 +1082,16 @@ class Learner:
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
         skipped = (~norm.isfinite()).float()
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped     # heeded on the device: no sync
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped     # read on the device
         self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.update_ema(list(self.ema.parameters()), list(self.model.parameters()), None)
+        self.update_ema(*self.followed, None)
         return torch.stack([*total, norm, skipped])
 
 
 class Log:
-    """Lines of metrics.jsonl, of TensorBoard and W&B if asked for; in the first process alone. Raises BadInput."""
+    """Lines of metrics.jsonl, of TensorBoard and W&B if asked for, by the first process. Raises BadInput."""
 
     def __init__(self, run, args, step, rank):
         self.path, self.others, self.rank = run / "metrics.jsonl", [], rank
@@ -1129,7 +1136,7 @@ def memory_gib(device):
 
 
 MAX_SKIPPED = 50        # steps in a row that were not finite: then the run gives up
-MILESTONES = {100_000, 200_000, 250_000, 300_000, 400_000, 500_000, 2_000_000, 2_500_000, 3_000_000}     # the paper's
+MILESTONES = {1000 * k for k in (100, 200, 250, 300, 400, 500, 2000, 2500, 3000)}   # of the paper's tables
 
 
 def ahead(batches, device):
@@ -1155,18 +1162,20 @@ def ahead(batches, device):
 
 
 def summarise(window, world):
-    """Of the steps in a window, each as Learner.step returns it: the means of those that were taken, and a list
-    that says of each whether it was skipped."""
+    """Of a window of what Learner.step returns: the means over the steps that were taken, and of each step
+    whether it was skipped."""
     table = torch.stack(window)
     if world > 1:
         dist.all_reduce(table)
     table = (table / world).tolist()        # CPU-GPU sync point
-    names, good = ("loss", "loss_diff", "loss_repa", "loss_atta", "grad_norm"), [r for r in table if not r[-1]]
-    return {name: sum(x) / len(good) for name, x in zip(names, zip(*good))}, [bool(r[-1]) for r in table]
+    names = "loss", "loss_diff", "loss_repa", "loss_atta", "grad_norm"
+    good = [row for row in table if not row[-1]]
+    means = {name: sum(column) / len(good) for name, column in zip(names, zip(*good))}
+    return means, [bool(row[-1]) for row in table]
 
 
 def train(args):
-    """Trains args.model on args.data_dir to step args.max_train_steps, from the run's newest whole checkpoint.
+    """Trains args.model on args.data_dir to step args.max_train_steps, from the newest whole checkpoint.
 
     Returns None, or AGAIN where a signal asked it to stop before. Raises BadInput, and Failure."""
     run = Path(args.output_dir) / args.exp_name
@@ -1239,8 +1248,9 @@ def train_in(run, args, caught, stack):
         bar.set_description("phase I" if phase_one else "phase II")
         steps = range(step, min(tau, last) if phase_one else last)
         order = requests(len(data), args, rows, steps, want_images=phase_one)
-        for batch in ahead(DataLoader(data, batch_size=None, sampler=order, num_workers=args.num_workers,
-                                      pin_memory=device.type == "cuda", worker_init_fn=ignore_stop_signals), device):
+        loader = DataLoader(data, batch_size=None, sampler=order, num_workers=args.num_workers,
+                            pin_memory=device.type == "cuda", worker_init_fn=ignore_stop_signals)
+        for batch in ahead(loader, device):
             # --- the gradient-angle trigger
             due = step >= args.tau_from and (step - args.tau_from) % args.tau_every == 0
             if phase_one and args.tau == "auto" and due:
@@ -1273,15 +1283,16 @@ def train_in(run, args, caught, stack):
                 in_a_row = in_a_row + len(skips) if all(skips) else skips[::-1].index(False)
                 if in_a_row >= MAX_SKIPPED:
                     raise Failure(
-                        f"the loss or its gradient was not finite in the last {in_a_row} steps, which were skipped: "
-                        f"see {log.path} for their images; try --precision bf16 or fp32, or a lower --learning-rate")
+                        f"the loss or its gradient was not finite in the last {in_a_row} steps, which were "
+                        f"skipped: see {log.path} for their images; try --precision bf16 or fp32, or a lower "
+                        f"--learning-rate")
                 window, began = [], time.perf_counter()
             paused = time.perf_counter()
             if rank == 0 and (step % args.checkpointing_steps == 0 or step in (tau, last) or asked):
                 save()
             if asked and step < last:
-                bar.write(f"stopped by {signal.Signals(caught[0]).name if caught else 'another process'} after "
-                          f"step {step}, which is saved: the same command goes on")
+                by = signal.Signals(caught[0]).name if caught else "another process"
+                bar.write(f"stopped by {by} after step {step}, which is saved: the same command goes on")
                 barrier()
                 return AGAIN
             if pictures and (step % args.sampling_steps == 0 or step == last):
@@ -1335,7 +1346,7 @@ def sample_from(args):
     vae = load_decoder(made.get("vae", VAE_ENCODER), args, device)
     noise = seeded_noise(model.to(device), len(args.labels), args.seed, device)
     labels, guidance = torch.tensor(args.labels, device=device), (args.guidance_low, args.guidance_high)
-    torch.manual_seed(args.seed)        # the SDE draws from torch's own stream
+    torch.manual_seed(args.seed + 1)    # the SDE draws from torch's own stream, and not that noise again
     with autocast(args.precision or ("bf16" if device.type == "cuda" else "fp32"), device)():
         x = sample(model, noise, labels, args.num_steps, args.cfg_scale, guidance, args.mode, progress=True)
     write_grid(Path(args.out), to_images(x, vae, made.get("scale", VAE_SCALE)), columns=min(8, len(labels)))
@@ -1438,6 +1449,12 @@ def demo(args, given):
     evaluate.judge_letters(home, saved, args.tau)
 
 
+def bench(args):
+    """--bench: how long a step takes, in both phases and without alignment."""
+    import evaluate
+    evaluate.bench(args)
+
+
 # ---- 11. The command line ----------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
@@ -1479,6 +1496,7 @@ def parse(argv):
     flag("--demo", action="store_true", help="all of it, on letters, offline; other flags go to its training")
     flag("--prepare", metavar="SRC", help="turn a tree of class folders into a dataset at --data-dir")
     flag("--sample", metavar="CKPT", help="draw --labels from a checkpoint's EMA")
+    flag("--bench", action="store_true", help="time --model: plain SiT, phase I, phase II, and sampling")
 
     flag = parser.add_argument_group("data").add_argument
     flag("--data-dir", default="data/imagenet256", help="what --prepare, or REPA, wrote [%(default)s]")
@@ -1536,6 +1554,7 @@ def parse(argv):
     flag("--guidance-low", type=share, default=0.0, help="guide where t is in [low, high] [%(default)s]")
     flag("--guidance-high", type=share, default=1.0, help="[%(default)s]")
     flag("--out", default="samples.png", help="[%(default)s]")
+    flag("--json", metavar="FILE", help="--bench: write the figures there, too")
 
     args = parser.parse_args(argv)
     if args.model not in NAMES:
@@ -1551,7 +1570,8 @@ def main(argv=None):
         if args.demo:
             code = demo(args, [a for a in argv if a != "--demo"])
         else:
-            code = (prepare if args.prepare else sample_from if args.sample else train)(args)
+            task = prepare if args.prepare else sample_from if args.sample else bench if args.bench else train
+            code = task(args)
     except KeyboardInterrupt:
         sys.exit(130)
     except (BadInput, Failure, OSError) as e:
@@ -1561,10 +1581,10 @@ def main(argv=None):
             print(f"haste.py: {told}", file=sys.stderr, flush=True)
         sys.exit(getattr(e, "code", 1))
     except RuntimeError as e:
-        if not (dist.is_initialized() and any(word in str(e).lower() for word in ("gloo", "nccl", "connection"))):
+        if not dist.is_initialized() or not any(x in str(e).lower() for x in ("gloo", "nccl", "connection")):
             raise
-        sys.exit(f"haste.py: another process of this job died or hangs ({brief(e)}): its own output may say why; "
-                 f"the same command goes on from the last checkpoint")
+        sys.exit(f"haste.py: another process of this job died or hangs: its own output may say why, and the "
+                 f"same command goes on from the last checkpoint ({brief(e)})")
     if dist.is_initialized():
         dist.destroy_process_group()
     if code:
