@@ -825,8 +825,8 @@ def peak_memory(device, reset=False):
 
 
 class Bench:
-    """What haste.py --bench times: plain SiT and ours, on made-up data. Each row of the table is a learner, and a
-    call for the first n images."""
+    """What haste.py --bench times: plain SiT and ours, on made-up data. Each row of the table is a learner, and
+    a call for the first n images."""
 
     def __init__(self, args, rank, world, device):
         self.args, self.device, self.cuda = args, device, device.type == "cuda"
@@ -875,7 +875,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def time(self, name, steps):
-        """(seconds a step, GiB: of the row's own weights, EMA and optimizer, and above that, of its steps)."""
+        """(seconds a step, GiB: the row's own weights, EMA and optimizer, and above that, its steps')."""
         learner, call = self.rows[name]
         learner.wrap(projector=name == "phase I")
         call(self.B)        # the first after a switch compiles, or builds DDP's buckets
@@ -936,8 +936,8 @@ def bench(args):
         print(f"{name:18}{spread:>26}{rate:>10.1f}{work:>9.3f}{speed:>9.3f}{mfu:>7}{gib:>7}{over:>12.3f}")
     report["phase2_over_plain"] = rows["phase II"]["over_plain"]
     report["phase1_over_expected"] = rows["phase I"]["over_plain"] / (1 + added / counted["plain SiT"])
-    print(f"phase II over plain SiT: {report['phase2_over_plain']:.3f}; phase I over plain SiT with the counted "
-          f"FLOP of teacher and projector: {report['phase1_over_expected']:.3f}")
+    print(f"phase II over plain SiT: {report['phase2_over_plain']:.3f}; phase I over plain SiT with the "
+          f"counted FLOP of teacher and projector: {report['phase1_over_expected']:.3f}")
     if args.json:
         write_file(Path(args.json), lambda f: f.write(json.dumps(report, indent=1).encode()))
 
