@@ -180,9 +180,9 @@ def sincos_positions(dim, side):
 
 
 class Backbone(nn.Module):
-    """A diffusion transformer that HASTE can align: one that shows image tokens, and the q and k of attention.
+    """A diffusion transformer that HASTE can align: it shows its image tokens, and q and k of its attention.
 
-    SiT, DiT and MM-DiT have in common what is here; each adds `embed`, its blocks and its own parameters.
+    Here is what SiT, DiT and MM-DiT share; each adds `embed`, its blocks and its own parameters.
     Raises BadInput for sizes that do not fit each other."""
 
     outputs = 1         # of each channel: the velocity; DiT's 2 are the noise and its variance
@@ -203,7 +203,8 @@ class Backbone(nn.Module):
         self.attention_blocks, self.feature_block = tuple(attention_blocks), feature_block
 
     def unpatchify(self, x):
-        p, side, channels = self.patch_size, self.input_size // self.patch_size, self.outputs * self.in_channels
+        p, side = self.patch_size, self.input_size // self.patch_size
+        channels = self.outputs * self.in_channels
         x = x.reshape(-1, side, side, p, p, channels).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(-1, channels, self.input_size, self.input_size)
 
@@ -225,14 +226,15 @@ class Backbone(nn.Module):
 
 
 def projector(dim, projector_dim, teacher_dim):
-    return nn.Sequential(nn.Linear(dim, projector_dim), nn.SiLU(),
-                         nn.Linear(projector_dim, projector_dim), nn.SiLU(), nn.Linear(projector_dim, teacher_dim))
+    return nn.Sequential(
+        nn.Linear(dim, projector_dim), nn.SiLU(),
+        nn.Linear(projector_dim, projector_dim), nn.SiLU(), nn.Linear(projector_dim, teacher_dim))
 
 
 class SiT(Backbone):
     """The scalable interpolant transformer with REPA's projector, its parameters named as SiT and REPA do.
 
-    Dropping labels is left to the training loop (`y_embedder.drop`), whose random numbers are the run's own."""
+    Dropping labels is left to the training loop (`drop`), whose random numbers are the run's own."""
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  num_classes=1000, class_dropout_prob=0.1, attention_blocks=(4, 5, 6, 7), feature_block=8,
@@ -266,6 +268,9 @@ class SiT(Backbone):
         if not self.y_embedder.dropout_prob:
             raise BadInput("a model trained without label dropout has no null label to guide away from")
         return self.y_embedder.num_classes
+
+    def drop(self, labels, u):
+        return self.y_embedder.drop(labels, u)
 
     def embed(self, x, t, y):
         return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
@@ -454,8 +459,9 @@ def sample(model, noise, labels, steps=250, cfg_scale=1.0, guidance=(0.0, 1.0), 
     A DiT has samplers of its own, "ddpm" among them: see ddpm_sample."""
     diffusion = diffusion_of(model)
     if mode not in diffusion.modes:
-        raise BadInput(f"unknown sampler {mode!r}: choose {', '.join(diffusion.modes[:-1])} or {diffusion.modes[-1]}")
-    null = torch.as_tensor(model.null_label, device=labels.device).expand_as(labels) if cfg_scale != 1 else None
+        raise BadInput(f"unknown sampler {mode!r} for this model: choose one of {', '.join(diffusion.modes)}")
+    if cfg_scale != 1:
+        null = torch.as_tensor(model.null_label, device=labels.device).expand_as(labels)
     wide = torch.float32 if noise.device.type == "mps" else torch.float64       # MPS has no fp64
     channels = getattr(model, "guided", None)
 
@@ -493,7 +499,7 @@ def sample(model, noise, labels, steps=250, cfg_scale=1.0, guidance=(0.0, 1.0), 
     return x
 
 
-# ---- 5b. The paper's other backbones: whoever wants SiT alone goes on at section 6 --------------------------
+# ---- 5b. The paper's other backbones: who wants SiT alone goes on at section 6 -----------------------------
 
 @functools.lru_cache(maxsize=8)
 def ddpm_schedule(steps, device, dtype):
@@ -501,13 +507,13 @@ def ddpm_schedule(steps, device, dtype):
     the posterior's weights of x0 and x_t, log beta and log beta~. Raises BadInput."""
     if not 2 <= steps <= 1000:
         raise BadInput(f"DiT is sampled in 2 to 1000 steps, not in {steps}")
-    timesteps = np.linspace(0, 999, steps).round().astype(int)
-    # abar_t = prod_{s <= t} (1 - beta_s);  s, the timestep before t among those kept:  beta_t = 1 - abar_t / abar_s
+    timesteps = np.cumsum([0] + (steps - 1) * [999 / (steps - 1)]).round().astype(int)     # as DiT rounds them
+    # abar_t = product of 1 - beta up to t; with s, the timestep kept before t, beta = 1 - abar_t / abar_s
     abar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[timesteps]
     abar_s = np.append(1.0, abar[:-1])
     beta = 1 - abar / abar_s
     # q(x_s | x_t, x0) = N((sqrt(abar_s) beta x0 + sqrt(1 - beta) (1 - abar_s) x_t) / (1 - abar_t), beta~)
-    # with beta~ = beta (1 - abar_s) / (1 - abar_t), which is 0 at the first timestep, and has no log: the next one's
+    # beta~ = beta (1 - abar_s) / (1 - abar_t); at the first timestep 0, without a log: there the second's
     of_x0, of_x_t = abar_s ** 0.5 * beta / (1 - abar), (1 - beta) ** 0.5 * (1 - abar_s) / (1 - abar)
     beta_tilde = beta * (1 - abar_s) / (1 - abar)
     beta_tilde[0] = beta_tilde[1]
@@ -516,7 +522,7 @@ def ddpm_schedule(steps, device, dtype):
 
 
 def ddpm_at(i, x, steps=1000):
-    """ddpm_schedule's six at the i-th of its timesteps, i (B,), each (B, 1, 1, 1)."""
+    """ddpm_schedule's six at the i-th of its timesteps, for i (B,) each (B, 1, 1, 1)."""
     return ddpm_schedule(steps, x.device, x.dtype)[1][:, i, None, None, None]
 
 
@@ -550,16 +556,18 @@ class DDPM:
         signal, noise, *_ = ddpm_at(t.long(), x0)
         return signal * x0 + noise * eps, t
 
-    # L_diff = mean (eps_hat - eps)^2 + L_vb;  L_vb = KL(q(x_s | x_t, x0) || p(x_s | x_t)), at t = 0 -log p(x0 | x_0)
+    # L_diff = mean (eps_hat - eps)^2 + L_vb,    L_vb = KL(q(x_s | x_t, x0) || p(x_s | x_t))
     @staticmethod
     def loss(out, x0, eps, x_t, t):
-        """L_vb in bits a dimension; it trains the variance alone: the noise is detached in it."""
+        """L_vb, in bits a dimension, trains the variance alone: eps_hat is detached in it. At t = 0 it is
+        -log p(x0 | x_t), as if x0 were pixels."""
         i, eps_hat = t.long(), out[:, :x0.shape[1]]
         mean, log_var = ddpm_reverse(torch.cat([eps_hat.detach(), out[:, x0.shape[1]:]], dim=1), x_t, i)
         _, _, of_x0, of_x_t, _, log_beta_tilde = ddpm_at(i, x0)
         apart = of_x0 * x0 + of_x_t * x_t - mean
-        # KL(N(m, v) || N(m', v')) = (log v' - log v - 1 + v / v' + (m - m')^2 / v') / 2
-        kl = (log_var - log_beta_tilde - 1 + (log_beta_tilde - log_var).exp() + apart ** 2 * (-log_var).exp()) / 2
+        # KL(N(m, v) || N(m', v')) = (v / v' - log(v / v') - 1 + (m - m')^2 / v') / 2
+        gap = log_beta_tilde - log_var
+        kl = (gap.exp() - gap - 1 + apart ** 2 * (-log_var).exp()) / 2
         nll = -level_log_likelihood(x0, mean, log_var / 2)
         bound = torch.where(t.view(-1, 1, 1, 1) == 0, nll, kl)
         return ((eps_hat - eps) ** 2).mean() + bound.mean() / math.log(2)
@@ -574,10 +582,10 @@ def ddpm_sample(network, x, steps, guides, mode, progress=False):
     timesteps, _ = ddpm_schedule(steps, x.device, x.dtype)
     for i in tqdm(range(steps - 1, -1, -1), desc="sampling", disable=not progress):
         out = network(x, timesteps[i], guides(timesteps[i] / 1000))
-        (signal, noise, *_), eps = ddpm_at([i], x, steps), out[:, :x.shape[1]]
-        signal_s, noise_s = ddpm_at([i - 1], x, steps)[:2] if i else (1.0, 0.0)
+        (signal, noise, *_), eps = ddpm_at(i, x, steps), out[:, :x.shape[1]]
+        signal_s, noise_s = ddpm_at(i - 1, x, steps)[:2] if i else (1.0, 0.0)
         if mode == "ddpm":
-            mean, log_var = ddpm_reverse(out, x, [i], steps)
+            mean, log_var = ddpm_reverse(out, x, i, steps)
             std = torch.exp(log_var / 2)
         elif mode == "sde":         # dx = -(x / 2 + score) dtau + dw,  score = -eps / sqrt(1 - abar)
             dtau = 2 * torch.log(signal_s / signal)
@@ -589,9 +597,8 @@ def ddpm_sample(network, x, steps, guides, mode, progress=False):
 
 
 class DiT(SiT):
-    """SiT's network, its parameters and its alignment, that says noise and variance of integer times 0 .. 999.
-
-    x (B, C, S, S), t (B,), labels y (B,) -> (B, 2C, S, S)."""
+    """SiT's network and alignment; its times are integers, 0 .. 999, and it says noise and variance,
+    (B, 2C, S, S)."""
     outputs, guided, diffusion = 2, 3, DDPM         # DiT guides the first three channels alone
 
 
@@ -606,7 +613,7 @@ class JointBlock(nn.Module):
             self.context_block.adaLN_modulation[1] = nn.Linear(dim, 2 * dim)
 
     def forward(self, x, c, text):
-        """Image x (B, N, D), c (B, D), text (B, T, D) -> x, its own (q, k), and, but for the last block, text."""
+        """Image x (B, N, D), c (B, D), text (B, T, D) -> x, its (q, k), and, but for the last block, text."""
         x_a, x_rest = self.x_block.before(x, c)
         text_a, text_rest = self.context_block.before(text, c)
         q, k, v = self.x_block.attn.heads(x_a)                                  # (B, heads, N, head_dim) each
@@ -622,8 +629,8 @@ class JointBlock(nn.Module):
 class MMDiT(Backbone):
     """The text-to-image MM-DiT with REPA's projector, its parameters named as the released HASTE does.
 
-    Its condition is a text, (B, T, context_dim) from CLIP; `null_context` (T, context_dim), the encoding of "",
-    is the data's and is in no checkpoint. Time alone modulates."""
+    Its condition is a text, (B, T, context_dim) as CLIP gives it; time alone modulates. `null_context`
+    (T, context_dim), the encoding of "", comes with the data and is in no checkpoint."""
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=768, depth=24, num_heads=24,
                  context_dim=768, class_dropout_prob=0.1, attention_blocks=(4, 5, 6, 7), feature_block=8,
@@ -959,12 +966,14 @@ def load_file(path):
 
 
 def build_model(name, **sizes):
-    """The SiT of that name; sizes are SiT's arguments, and go before the table's."""
-    size, patch = name.removeprefix("SiT-").split("/")
+    """The model of that name; sizes are its class's arguments, and go before the table's."""
+    if name == "MMDiT":
+        return MMDiT(**sizes)
+    kind, size, patch = name.replace("/", "-").split("-")
     depth, width, heads, attention_blocks, _, feature_block, projector_dim, _ = MODELS[size]
     row = {"hidden_size": width, "depth": depth, "num_heads": heads, "attention_blocks": attention_blocks,
            "feature_block": feature_block, "projector_dim": projector_dim}
-    return SiT(**{"patch_size": int(patch)} | row | sizes)
+    return {"SiT": SiT, "DiT": DiT}[kind](**{"patch_size": int(patch)} | row | sizes)
 
 
 def load_model(path, name):
