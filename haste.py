@@ -507,7 +507,7 @@ def ddpm_schedule(steps, device, dtype):
     the posterior's weights of x0 and x_t, log beta and log beta~. Raises BadInput."""
     if not 2 <= steps <= 1000:
         raise BadInput(f"DiT is sampled in 2 to 1000 steps, not in {steps}")
-    timesteps = np.cumsum([0] + (steps - 1) * [999 / (steps - 1)]).round().astype(int)     # as DiT rounds them
+    timesteps = np.cumsum([0] + (steps - 1) * [999 / (steps - 1)]).round().astype(int)      # as DiT rounds
     # abar_t = product of 1 - beta up to t; with s, the timestep kept before t, beta = 1 - abar_t / abar_s
     abar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[timesteps]
     abar_s = np.append(1.0, abar[:-1])
