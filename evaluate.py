@@ -371,6 +371,7 @@ class Generated:
     def __init__(self, args, device):
         self.args, self.device = args, device
         self.model, made = haste.load_model(args.ckpt, args.model)
+        haste.check_sampler(self.model, args.mode, args.num_steps)
         if args.cfg_scale != 1:
             self.model.null_label       # raises BadInput for a model that has none
         encoder = made.get("vae", haste.VAE_ENCODER)
@@ -582,6 +583,8 @@ def describe(args, samples, own):
             "guidance": args.cfg_scale, "interval": [args.guidance_low, args.guidance_high],
             "VAE": samples.vae_name, "labels": "balanced" if args.balanced else "uniform at random",
             "seed": args.seed, "batch size": args.batch_size, "precision": args.precision}
+        if samples.model.guided:
+            protocol["guided channels"] = samples.model.guided
     return protocol
 
 
@@ -748,7 +751,7 @@ def fit_judge(images, labels):
 
 
 @torch.no_grad()
-def judge_letters(home, checkpoints, tau):
+def judge_letters(home, checkpoints, tau, mode):
     """Prints how many letters the judge reads right, real and each checkpoint's, and draws home/demo.png."""
     with torch.enable_grad():
         right = fit_judge(*haste.render_glyphs(4000, seed=1)[:2])
@@ -759,7 +762,7 @@ def judge_letters(home, checkpoints, tau):
         model, wanted = haste.load_model(path, None)[0], torch.arange(100) % classes
         noise = haste.seeded_noise(model, 100, 0, "cpu")
         torch.manual_seed(0)
-        drawn = haste.to_images(haste.sample(model, noise, wanted, steps=50, cfg_scale=2.0))
+        drawn = haste.to_images(haste.sample(model, noise, wanted, steps=50, cfg_scale=2.0, mode=mode))
         phase, score = "II" if isinstance(tau, int) and int(path.stem) > tau else "I", right(drawn, wanted)
         rows.append((f"step {int(path.stem)}, phase {phase}: the judge reads {score:.0%} right", drawn[:20]))
     picture = Image.new("RGB", (1052, 84 * len(rows) + 8), "white")
@@ -777,23 +780,23 @@ def judge_letters(home, checkpoints, tau):
 PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362}     # dense bf16 TFLOP/s
 
 
-class PlainSiT(haste.SiT):
-    """SiT with no alignment code in its path: what phase II has to be as fast as."""
+class Plain:
+    """Before a backbone's class: its forward with no alignment in its path, as fast as phase II has to be."""
 
     def forward(self, x, t, y):
-        h = self.x_embedder(x) + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(y)
+        h, c, *text = self.embed(x, t, y)
         for block in self.blocks:
-            h, _ = block(h, c)
+            h, _, *text = block(h, c, *text)
         return self.unpatchify(self.final_layer(h, c))
 
 
 def plain_step(learner, x0, eps, t, labels):
-    """A step of SiT as one would write it who has never heard of alignment."""
-    s = t.view(-1, 1, 1, 1)
+    """A step of SiT or DiT as one would write it who has never heard of alignment."""
+    diffusion = haste.diffusion_of(learner.model)
+    x_t, t = diffusion.noised(x0, eps, t)
     with learner.autocast():
-        v = learner.net((1 - s) * x0 + s * eps, t, labels)
-    loss = ((v.float() - (eps - x0)) ** 2).mean()
+        v = learner.net(x_t, t, labels)
+    loss = diffusion.loss(v.float(), x0, eps, x_t, t)
     learner.scaler.scale(loss).backward()
     learner.scaler.unscale_(learner.optimizer)
     nn.utils.clip_grad_norm_(learner.model.parameters(), learner.args.max_grad_norm)
@@ -825,14 +828,15 @@ def peak_memory(device, reset=False):
 
 
 class Bench:
-    """What haste.py --bench times: plain SiT and ours, on made-up data. Each row of the table is a learner, and
-    a call for the first n images."""
+    """What haste.py --bench times: the plain backbone and ours, on made-up data. Each row of the table is a
+    learner, and a call for the first n images."""
 
     def __init__(self, args, rank, world, device):
         self.args, self.device, self.cuda = args, device, device.type == "cuda"
         self.B, self.R = args.batch_size // world, args.resolution or 256
-        S, n = self.R // 8, self.R // 8 // int(args.model.split("/")[1])
-        blocks = args.teacher_blocks or haste.MODELS[args.model.removeprefix("SiT-").split("/")[0]][4]
+        kind, patch, row = haste.look_up(args.model)
+        S, n, blocks = self.R // 8, self.R // 8 // patch, args.teacher_blocks or row[4]
+        self.plain_name = f"plain {kind.__name__}"
         try:
             with haste.first_on_node():
                 self.teacher = haste.load_teacher(args.teacher, n, blocks, args.teacher_repo)
@@ -845,7 +849,7 @@ class Bench:
         args.gradient_accumulation_steps = 1
         self.plain, self.ours = (
             haste.Learner(haste.build_model(args.model, kind=kind, **sizes).to(device), args, device)
-            for kind in (PlainSiT, haste.SiT))
+            for kind in (type("PlainBackbone", (Plain, kind), {}), kind))
         if args.compile:
             self.ours.ema.compile(dynamic=False)
         g = torch.Generator(device).manual_seed(0)
@@ -855,7 +859,7 @@ class Bench:
         shape = self.B, 3, self.R, self.R
         self.images = torch.randint(256, shape, device=device, generator=g, dtype=torch.uint8)
         self.rows = {
-            "plain SiT": (self.plain, lambda n: plain_step(self.plain, *self.first(n))),
+            self.plain_name: (self.plain, lambda n: plain_step(self.plain, *self.first(n))),
             "phase I": (self.ours, lambda n: self.ours.step(*self.first(n), self.images[:n], self.teacher)),
             "phase II": (self.ours, lambda n: self.ours.step(*self.first(n))),
             "sampling": (self.ours, lambda n: self.evaluate(n, 1)),
@@ -901,8 +905,8 @@ class Bench:
 
 
 def bench(args):
-    """haste.py --bench: training steps of plain SiT, phase I and phase II, and evaluations of the sampler, in
-    turns, so that a noisy machine favours none. Prints a table, and writes it to args.json."""
+    """haste.py --bench: training steps of the plain model, phase I and phase II, and of the sampler,
+    in turns, so that a noisy machine favours none. Prints a table, and writes it to args.json."""
     rank, world, device = haste.setup(args)
     b = Bench(args, rank, world, device)
     counted, added = b.count()
@@ -926,7 +930,7 @@ def bench(args):
     rows = report["rows"] = {}
     for name, x in times.items():
         ms, work = 1e3 * np.median(x), b.B * counted[name]
-        over = np.median(np.divide(x, times["plain SiT"]))      # of neighbours in time
+        over = np.median(np.divide(x, times[b.plain_name]))      # of neighbours in time
         rate, speed = 1e3 * world * b.B / ms, 1e3 * work / ms
         rows[name] = {"ms": ms, "ms_low": 1e3 * min(x), "ms_high": 1e3 * max(x), "images_per_sec": rate,
                       "tflop": work, "tflop_per_sec": speed, "mfu": peak and speed / peak,
@@ -935,8 +939,8 @@ def bench(args):
         mfu, gib = f"{speed / peak:.1%}" if peak else "-", f"{memory[name]:.2f}" if memory[name] else "-"
         print(f"{name:18}{spread:>26}{rate:>10.1f}{work:>9.3f}{speed:>9.3f}{mfu:>7}{gib:>7}{over:>12.3f}")
     report["phase2_over_plain"] = rows["phase II"]["over_plain"]
-    report["phase1_over_expected"] = rows["phase I"]["over_plain"] / (1 + added / counted["plain SiT"])
-    print(f"phase II over plain SiT: {report['phase2_over_plain']:.3f}; phase I over plain SiT with the "
+    report["phase1_over_expected"] = rows["phase I"]["over_plain"] / (1 + added / counted[b.plain_name])
+    print(f"phase II over {b.plain_name}: {report['phase2_over_plain']:.3f}; phase I over it with the "
           f"counted FLOP of teacher and projector: {report['phase1_over_expected']:.3f}")
     if args.json:
         write_file(Path(args.json), lambda f: f.write(json.dumps(report, indent=1).encode()))
@@ -976,7 +980,7 @@ def parse(argv):
 
     flag = parser.add_argument_group("how --ckpt's samples are drawn [the paper's protocol]").add_argument
     flag("--num-samples", "--num-fid-samples", type=number(int, 2), default=50_000, help="[%(default)s]")
-    flag("--mode", choices=("sde", "ode", "heun"), default="sde", help="[%(default)s]")
+    flag("--mode", choices=haste.MODES, default="sde", help="ddpm: DiT's own [%(default)s]")
     flag("--num-steps", type=number(int, 2), default=250, help="[%(default)s]")
     flag("--cfg-scale", type=weight, default=1.0, help="1: no guidance [%(default)s]")
     flag("--guidance-low", type=share, default=0.0, help="guide where t is in [low, high] [%(default)s]")

@@ -89,7 +89,7 @@ MODELS = {
     "S": (12, 384, 6, (2, 3, 4), (7, 9, 11), 5, 2048, 100_000),                 # not in the paper: B's row
     "B": (12, 768, 12, (2, 3, 4), (7, 9, 11), 5, 2048, 100_000),
     "L": (24, 1024, 16, (4, 5, 6, 7), (8, 9, 10, 11), 8, 2048, 250_000),
-    "XL": (28, 1152, 16, (4, 5, 6, 7), (8, 9, 10, 11), 8, 2048, 250_000),       # tau is 300K at 512 x 512
+    "XL": (28, 1152, 16, (4, 5, 6, 7), (8, 9, 10, 11), 8, 2048, 250_000),       # SiT's tau is 300K at 512
 }
 NAMES = [f"SiT-{size}/{patch}" for size in MODELS for patch in (2, 4, 8)]
 
@@ -101,12 +101,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):
+    def heads(self, x):
         B, N, D = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # (B, heads, N, head_dim) each
-        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D)
-        return self.proj(x), (q, k)     # q and k are views: handing them out costs nothing
+        return qkv.permute(2, 0, 3, 1, 4)       # q, k, v: (B, heads, N, head_dim) each
+
+    def forward(self, x):
+        q, k, v = self.heads(x)
+        return self.proj(attend(q, k, v)), (q, k)       # views: handing them out costs nothing
+
+
+def attend(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)       # (B, N, D)
 
 
 def modulate(x, shift, scale):
@@ -125,11 +131,18 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x, c):
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
-        a, qk = self.attn(modulate(self.norm1(x), shift_a, scale_a))
+        x_a, rest = self.before(x, c)
+        a, qk = self.attn(x_a)
+        return self.after(x, a, *rest), qk
+
+    def before(self, x, c):
+        """What goes into attention, and the four modulations (B, D) of what comes after it."""
+        shift_a, scale_a, *rest = self.adaLN_modulation(c).split(x.shape[-1], dim=1)
+        return modulate(self.norm1(x), shift_a, scale_a), rest
+
+    def after(self, x, a, gate_a, shift_m, scale_m, gate_m):
         x = x + gate_a[:, None] * a
-        x = x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
-        return x, qk
+        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
 
 
 class FinalLayer(nn.Module):
@@ -182,15 +195,17 @@ def sincos_positions(dim, side):
     return torch.cat([columns, rows], dim=2).reshape(1, side * side, dim).float()
 
 
-class SiT(nn.Module):
-    """The scalable interpolant transformer with REPA's projector, its parameters named as SiT and REPA do.
+class Backbone(nn.Module):
+    """A diffusion transformer that HASTE can align: it shows its image tokens, and q and k of its attention.
 
-    Dropping labels is left to the training loop (`y_embedder.drop`), whose random numbers are the run's own.
+    Here is what SiT, DiT and MM-DiT share; each adds `embed`, its blocks and its own parameters.
     Raises BadInput for sizes that do not fit each other."""
 
-    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
-                 num_classes=1000, class_dropout_prob=0.1, attention_blocks=(4, 5, 6, 7), feature_block=8,
-                 teacher_dim=768, projector_dim=2048):
+    outputs = 1         # of each channel: the velocity; DiT's 2 are the noise and its variance
+    guided = None       # how many output channels guidance acts on: all
+
+    def __init__(self, input_size, patch_size, in_channels, hidden_size, depth, num_heads,
+                 attention_blocks, feature_block):
         super().__init__()
         if input_size % patch_size:
             raise BadInput(f"an input of {input_size} x {input_size} does not divide into patches of "
@@ -203,6 +218,48 @@ class SiT(nn.Module):
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.attention_blocks, self.feature_block = tuple(attention_blocks), feature_block
         self.grad_checkpoint = False    # the backward pass computes blocks anew, for want of memory
+
+    def unpatchify(self, x):
+        p, side = self.patch_size, self.input_size // self.patch_size
+        channels = self.outputs * self.in_channels
+        x = x.reshape(-1, side, side, p, p, channels).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(-1, channels, self.input_size, self.input_size)
+
+    def forward(self, x, t, y, align=False):
+        """x (B, C, S, S), t (B,), labels y (B,), or MM-DiT's texts (B, T, D_C) -> v (B, C, S, S).
+
+        With align: (v, z, qk), z (B, N, teacher_dim) the projected tokens, qk a list of the unscaled (q, k),
+        each (B, heads, N, head_dim), of attention_blocks."""
+        h, c, *text = self.embed(x, t, y)       # (B, N, D), (B, D), and of MM-DiT alone (B, T, D)
+        kept = {}
+        for i, block in enumerate(self.blocks):
+            run = functools.partial(checkpoint, block, use_reentrant=False) if self.grad_checkpoint else block
+            h, qk, *text = run(h, c, *text)
+            if align and i in self.attention_blocks:
+                kept[i] = qk
+            if align and i + 1 == self.feature_block:
+                z = self.projectors[0](h)
+        v = self.unpatchify(self.final_layer(h, c))
+        return (v, z, [kept[i] for i in self.attention_blocks]) if align else v
+
+
+def build_projector(dim, projector_dim, teacher_dim):
+    return nn.Sequential(
+        nn.Linear(dim, projector_dim), nn.SiLU(),
+        nn.Linear(projector_dim, projector_dim), nn.SiLU(), nn.Linear(projector_dim, teacher_dim))
+
+
+class SiT(Backbone):
+    """The scalable interpolant transformer with REPA's projector, its parameters named as SiT and REPA do.
+
+    Its condition is a label, (B,). Dropping labels (`drop`) is left to the training loop, whose random
+    numbers are the run's own."""
+
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
+                 num_classes=1000, class_dropout_prob=0.1, attention_blocks=(4, 5, 6, 7), feature_block=8,
+                 teacher_dim=768, projector_dim=2048):
+        super().__init__(input_size, patch_size, in_channels, hidden_size, depth, num_heads,
+                         attention_blocks, feature_block)
         # In REPA's order, because the optimizer states in its checkpoints count parameters in that order.
         positions = sincos_positions(hidden_size, input_size // patch_size)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
@@ -210,10 +267,8 @@ class SiT(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(depth))
-        self.projectors = nn.ModuleList([nn.Sequential(
-            nn.Linear(hidden_size, projector_dim), nn.SiLU(),
-            nn.Linear(projector_dim, projector_dim), nn.SiLU(), nn.Linear(projector_dim, teacher_dim))])
-        self.final_layer = FinalLayer(hidden_size, patch_size ** 2 * in_channels)
+        self.projectors = nn.ModuleList([build_projector(hidden_size, projector_dim, teacher_dim)])
+        self.final_layer = FinalLayer(hidden_size, patch_size ** 2 * self.outputs * in_channels)
         self.initialize_weights()
 
     def initialize_weights(self):
@@ -233,27 +288,18 @@ class SiT(nn.Module):
             raise BadInput("a model trained without label dropout has no null label to guide away from")
         return self.y_embedder.num_classes
 
-    def unpatchify(self, x):
-        p, side = self.patch_size, self.input_size // self.patch_size
-        x = x.reshape(-1, side, side, p, p, self.in_channels).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(-1, self.in_channels, self.input_size, self.input_size)
+    @staticmethod
+    def sizes_in(state, args):
+        """What build_model has to know of a state dict, and of the args of its run."""
+        rows = len(state["y_embedder.embedding_table.weight"])
+        drops = rows != args.get("num_classes")     # then the last row is the null label's
+        return {"num_classes": rows - drops, "class_dropout_prob": 0.1 * drops}
 
-    def forward(self, x, t, y, align=False):
-        """x (B, C, S, S), t (B,), labels y (B,) -> v (B, C, S, S).
+    def drop(self, labels, u):
+        return self.y_embedder.drop(labels, u)
 
-        With align: (v, z, qk), z (B, N, teacher_dim) the projected tokens, qk a list of the unscaled (q, k),
-        each (B, heads, N, head_dim), of attention_blocks."""
-        h = self.x_embedder(x) + self.pos_embed                 # (B, N, D)
-        c = self.t_embedder(t) + self.y_embedder(y)             # (B, D)
-        kept = {}
-        for i, block in enumerate(self.blocks):
-            h, qk = checkpoint(block, h, c, use_reentrant=False) if self.grad_checkpoint else block(h, c)
-            if align and i in self.attention_blocks:
-                kept[i] = qk
-            if align and i + 1 == self.feature_block:
-                z = self.projectors[0](h)
-        v = self.unpatchify(self.final_layer(h, c))
-        return (v, z, [kept[i] for i in self.attention_blocks]) if align else v
+    def embed(self, x, t, y):
+        return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
 
 
 # ---- 2. The teacher: DINOv2, frozen ------------------------------------------------------------------------
@@ -395,20 +441,43 @@ def attention_loss(student_qk, teacher_qk):
     return total / len(student_qk)
 
 
-# x_t = (1 - t) x0 + t eps,    L_diff = mean (v(x_t, t) - (eps - x0))^2
+MODES = "sde", "ode", "heun", "ddpm"
+
+
+class Flow:
+    """What SiT learns: the velocity along the straight line from x0 to eps."""
+    modes, grid_mode, max_steps = ("sde", "ode", "heun"), "ode", math.inf       # of sampling
+
+    # x_t = (1 - t) x0 + t eps
+    @staticmethod
+    def noised(x0, eps, t):
+        """-> x_t, and the time as the network wants it."""
+        s = t.view(-1, 1, 1, 1)
+        return (1 - s) * x0 + s * eps, t
+
+    # L_diff = mean (v(x_t, t) - (eps - x0))^2
+    @staticmethod
+    def loss(v, x0, eps, x_t, t):
+        return ((v - (eps - x0)) ** 2).mean()
+
+
+def diffusion_of(model):
+    """Flow, or what the model (in DDP or not) names instead: a DiT, DDPM (section 11)."""
+    return getattr(getattr(model, "module", model), "diffusion", Flow)
+
+
 def losses(model, x0, eps, t, labels, target=None, lambda_r=1.0, lambda_a=1.0):
     """(L_diff, L_REPA, L_ATTA), unweighted, a term of weight 0 left out. target: what the teacher says of the
     same images; None in phase II."""
-    s = t.view(-1, 1, 1, 1)
-    x_t = (1 - s) * x0 + s * eps
-    repa = atta = x0.new_zeros(())
+    diffusion, repa, atta = diffusion_of(model), x0.new_zeros(()), x0.new_zeros(())
+    x_t, t = diffusion.noised(x0, eps, t)
     if target is None:
         v = model(x_t, t, labels)
     else:
         v, z, qk = model(x_t, t, labels, align=True)
         repa = feature_loss(z, target[0]) if lambda_r else repa
         atta = attention_loss(qk, target[1]) if lambda_a else atta
-    return ((full(v) - (eps - x0)) ** 2).mean(), repa, atta
+    return diffusion.loss(full(v), x0, eps, x_t, t), repa, atta
 
 
 # ---- 4. Termination: the gradient-angle trigger of appendix A.2 --------------------------------------------
@@ -436,31 +505,49 @@ def gradient_cosine(model, t, batches, lambda_r, lambda_a):
 
 # ---- 5. The samplers ---------------------------------------------------------------------------------------
 
+def check_sampler(model, mode, steps):
+    """Raises BadInput for a sampler, or a number of steps, that the model does not have."""
+    diffusion = diffusion_of(model)
+    if mode not in diffusion.modes:
+        raise BadInput(f"unknown sampler {mode!r} for this model: choose one of {', '.join(diffusion.modes)}")
+    if not 1 <= steps <= diffusion.max_steps:
+        raise BadInput(f"this model is sampled in at most {diffusion.max_steps} steps, not in {steps}")
+
+
 @torch.no_grad()
 def sample(model, noise, labels, steps=250, cfg_scale=1.0, guidance=(0.0, 1.0), mode="sde", progress=False):
     """Takes noise (B, C, S, S) from t = 1 to t = 0, in fp64, with `steps` evaluations (Heun: 2 steps - 1).
 
     "sde", the paper's protocol: Euler-Maruyama with diffusion w = 2t, t from 1 to 0.04, and the mean alone
-    from there to 0. "ode", "heun": the probability flow. Guidance acts where t lies in [*guidance]."""
-    if mode not in ("sde", "ode", "heun"):
-        raise BadInput(f"unknown sampler {mode!r}: choose sde, ode or heun")
-    null = torch.full_like(labels, model.null_label) if cfg_scale != 1 else None
+    from there to 0. "ode", "heun": the probability flow. Guidance acts where t lies in [*guidance].
+    A DiT has samplers of its own, "ddpm" among them: see ddpm_sample."""
+    check_sampler(model, mode, steps)
+    if cfg_scale != 1:
+        null = torch.as_tensor(model.null_label, device=labels.device).expand_as(labels)
     wide = torch.float32 if noise.device.type == "mps" else torch.float64       # MPS has no fp64
+    channels = getattr(model, "guided", None)
 
+    # v = v_null + cfg_scale (v - v_null)
     def velocity(x, t, guided):
         x, t = x.to(noise.dtype), torch.full((len(x),), t, dtype=noise.dtype, device=x.device)
         if not guided:
             return model(x, t, labels).to(wide)
         v, v_null = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, null])).to(wide).chunk(2)
-        return v_null + cfg_scale * (v - v_null)
+        v[:, :channels] = v_null[:, :channels] + cfg_scale * (v[:, :channels] - v_null[:, :channels])
+        return v
 
+    def guides(t):
+        return cfg_scale != 1 and guidance[0] <= t <= guidance[1]
+
+    if diffusion_of(model) is DDPM:
+        return ddpm_sample(velocity, noise.to(wide), steps, guides, mode, progress)
     if mode == "sde":
         times = [*torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist(), 0.0]
     else:
         times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     x = noise.to(wide)
     for t, t_next in tqdm(list(zip(times[:-1], times[1:])), desc="sampling", disable=not progress):
-        guided = cfg_scale != 1 and guidance[0] <= t <= guidance[1]
+        guided = guides(t)
         dt, v = t_next - t, velocity(x, t, guided)
         if mode == "sde":
             w, score = 2 * t, -(x + (1 - t) * v) / t
@@ -918,31 +1005,46 @@ def load_file(path):
     return saved | {"args": args if isinstance(args, dict) else vars(args)}
 
 
-def build_model(name, kind=SiT, **sizes):
-    """The SiT of that name; sizes are SiT's arguments, and go before the table's."""
-    size, patch = name.removeprefix("SiT-").split("/")
-    depth, width, heads, attention_blocks, _, feature_block, projector_dim, _ = MODELS[size]
-    row = {"hidden_size": width, "depth": depth, "num_heads": heads, "attention_blocks": attention_blocks,
-           "feature_block": feature_block, "projector_dim": projector_dim}
-    return kind(**{"patch_size": int(patch)} | row | sizes)
+def look_up(name):
+    """(class, patch size, row of MODELS) of a model's name."""
+    kind, _, rest = name.partition("-")
+    size, _, patch = rest.partition("/")
+    return KINDS[kind], int(patch or 2), MODELS[size or kind]
+
+
+def build_model(name, kind=None, **sizes):
+    """The model of that name, or of that kind; sizes are its class's arguments, and go before the table's."""
+    named, patch, row = look_up(name)
+    depth, width, heads, attention_blocks, _, feature_block, projector_dim, _ = row
+    row = {"patch_size": patch, "hidden_size": width, "depth": depth, "num_heads": heads,
+           "attention_blocks": attention_blocks, "feature_block": feature_block,
+           "projector_dim": projector_dim}
+    return (kind or named)(**row | sizes)
 
 
 def load_model(path, name):
-    """(EMA model in eval mode, the run's args) of a checkpoint: ours, HASTE's, REPA's, or a bare state dict.
-
-    Sizes are read off the weights, but for the number of heads, which the run's model, or `name`, gives."""
+    """(EMA model in eval mode, the run's args) of a checkpoint: ours, HASTE's, REPA's, DiT's, or a bare state
+    dict. Sizes are read off the weights, but for the number of heads: the run's model, or `name`, gives it.
+    Raises BadInput."""
     saved = load_file(path)
     args = saved["args"]
     name = args.get("model", name)
+    if args.get("vae") in ("ema", "mse"):       # as DiT's and SiT's trainers say it
+        args["vae"] = f"stabilityai/sd-vae-ft-{args['vae']}"
     try:
         state = {k: x for k, x in saved.get("ema", saved).items() if isinstance(x, torch.Tensor)}
         _, channels, patch, _ = state["x_embedder.proj.weight"].shape
-        rows = len(state["y_embedder.embedding_table.weight"])
-        drops = rows != args.get("num_classes")     # then the last row is the null label's
-        model = build_model(
-            name, input_size=math.isqrt(state["pos_embed"].shape[1]) * patch, in_channels=channels,
-            num_classes=rows - drops, class_dropout_prob=0.1 * drops,
-            projector_dim=len(state["projectors.0.0.bias"]), teacher_dim=len(state["projectors.0.4.bias"]))
+        kind, _, _ = look_up(name)
+        if len(state["final_layer.linear.bias"]) == 2 * channels * patch ** 2 and kind is not DiT:
+            raise ValueError(f"its output has 2 x {channels} channels, as a DiT's: --model DiT-XL/2?")
+        sizes = kind.sizes_in(state, args)
+        if kind is not DiT or "projectors.0.0.bias" in state:
+            sizes |= {"projector_dim": len(state["projectors.0.0.bias"]),
+                      "teacher_dim": len(state["projectors.0.4.bias"])}
+        model = build_model(name, input_size=math.isqrt(state["pos_embed"].shape[1]) * patch,
+                            in_channels=channels, **sizes)
+        if kind is DiT:     # what DiT's authors published was never aligned, and has no projector
+            state = {k: x for k, x in model.state_dict().items() if k.startswith("projectors.")} | state
         model.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError, AttributeError) as e:
         raise BadInput(f"{path} holds no weights of a {name}: name the right --model ({brief(e)})") from e
@@ -985,15 +1087,14 @@ def to_images(x0, vae=None, scale=1.0):
 
 def settle(args, data, world):
     """Fills in what the model's row and the dataset decide. Raises BadInput for flags that do not fit."""
-    size, patch = args.model.removeprefix("SiT-").split("/")
-    _, _, _, student, teacher, feature, _, tau = MODELS[size]
+    _, patch, (_, _, _, student, teacher, feature, _, tau) = look_up(args.model)
     args.attention_blocks = args.attention_blocks or student
     args.teacher_blocks = args.teacher_blocks or teacher
     args.encoder_depth = args.encoder_depth or feature
     args.num_classes = args.num_classes or len(data.classes)
-    args.grid, side = data.shape[1] // int(patch), data.resolution
+    args.grid, side = data.shape[1] // patch, data.resolution
     if args.tau is None:
-        args.tau = 300_000 if size == "XL" and side == 512 else tau
+        args.tau = 300_000 if args.model == "SiT-XL/2" and side == 512 else tau
     mistakes = {
         f"--batch-size {args.batch_size} does not divide by {world} processes x "
         f"{args.gradient_accumulation_steps} accumulation steps":
@@ -1003,7 +1104,7 @@ def settle(args, data, world):
         f"{args.data_dir} has images of {side} x {side}, not of --resolution {args.resolution}":
             args.resolution not in (None, side),
         f"{args.model} cannot cut {data.shape[1]} x {data.shape[2]} into its patches: choose another model":
-            data.shape[1] % int(patch),
+            data.shape[1] % patch,
         f"{args.data_dir} has the label {data.labels.max()}, too large for --num-classes {args.num_classes}":
             data.labels.max() >= args.num_classes,
         "--attention-blocks and --teacher-blocks must be as many":
@@ -1264,7 +1365,7 @@ def train_in(run, args, caught, stack):
 
             # --- the batch; teacher, while step < tau; forward; backward; step; EMA
             t, u, eps, xi = (x[rows] for x in draw(args.batch_size, data.shape, device, args.seed, step))
-            x0, labels = data.x0(batch, xi), model.y_embedder.drop(batch["labels"], u)
+            x0, labels = data.x0(batch, xi), model.drop(batch["labels"], u)
             window.append(learner.step(x0, eps, t, labels, batch.get("images"), teacher))
             step += 1
             bar.update()
@@ -1314,7 +1415,7 @@ def measure_angles(model, teacher, data, args, step, rank, world, device):
             mine = range(rank, min(B, len(chosen) - start), world)
             for part in (mine[i:i + micro] for i in range(0, len(mine), micro)):
                 batch = {name: x.to(device) for name, x in data[chosen[start:][part], True].items()}
-                labels = model.y_embedder.drop(batch["labels"], u[part])
+                labels = model.drop(batch["labels"], u[part])
                 target = teacher(batch["images"])
                 yield len(part) / len(chosen), data.x0(batch, xi[part]), eps[part], labels, target
 
@@ -1330,11 +1431,13 @@ def seeded_noise(model, n, seed, device):
 
 
 def sample_grid(ema, vae, scale, args, device, n=32):
-    """Training's grid (n, 3, R, R): labels over the whole range, an ODE of 50 steps, the same noise."""
+    """Training's grid (n, 3, R, R): labels over the whole range, 50 steps, an ODE if it may be, the same
+    noise."""
     labels = torch.linspace(0, args.num_classes - 1, n, device=device).round().long()
     cfg_scale = args.cfg_scale if args.cfg_prob else 1.0
-    noise = seeded_noise(ema, n, args.seed, device)
-    return to_images(sample(ema, noise, labels, steps=50, cfg_scale=cfg_scale, mode="ode"), vae, scale)
+    noise, mode = seeded_noise(ema, n, args.seed, device), diffusion_of(ema).grid_mode
+    torch.manual_seed(args.seed + 1)
+    return to_images(sample(ema, noise, labels, steps=50, cfg_scale=cfg_scale, mode=mode), vae, scale)
 
 
 def sample_from(args):
@@ -1417,7 +1520,10 @@ def fit_teacher(path, images, labels, masks):
 
 def demo(args, given):
     """--demo: draws letters, fits a teacher, then runs ordinary commands; other flags go to the training."""
-    home = Path(args.output_dir) / "demo"
+    kind, _, _ = args.model.partition("-")
+    name, mode = ("demo", "sde") if kind == "SiT" else (f"demo-{kind}", "ddpm")
+    home = Path(args.output_dir) / name
+    given = [a for i, a in enumerate(given) if "--model" not in (a.split("=")[0], *given[max(0, i - 1):i])]
     images, labels, masks = render_glyphs(4000, seed=0)
     write_images(home / "glyphs", images, labels)
     if not (home / "teacher.pt").is_file():
@@ -1428,25 +1534,25 @@ def demo(args, given):
         return parse([*line.split(), *more])
 
     prepare(command(f"--prepare {home}/glyphs --data-dir {home}/data --resolution {GLYPH} --vae none"))
-    args = command(f"--model SiT-XS/{PATCH} --data-dir {home}/data --teacher {home}/teacher.pt "
-                   f"--output-dir {args.output_dir} --exp-name demo --batch-size 64 --learning-rate 2e-3 "
+    args = command(f"--model {args.model} --data-dir {home}/data --teacher {home}/teacher.pt "
+                   f"--output-dir {args.output_dir} --exp-name {name} --batch-size 64 --learning-rate 2e-3 "
                    f"--ema-decay 0.99 --tau 350 --max-train-steps 700 --checkpointing-steps 350 "
                    f"--sampling-steps 350 --cfg-scale 2 --log-every 50 --num-workers 0", *given)
     if train(args) == AGAIN:
         return AGAIN
     saved = sorted((home / "checkpoints").glob("[0-9]*.pt"))
     sample_from(command(f"--sample {saved[-1]} --labels {' '.join(str(i % 10) for i in range(40))} "
-                        f"--num-steps 50 --cfg-scale 2 --out {home}/letters.png"))
+                        f"--mode {mode} --num-steps 50 --cfg-scale 2 --out {home}/letters.png"))
 
     # --- held-back letters against samples: as features see them, and as a network sees them that had no part
     import evaluate
     real, of, _ = render_glyphs(100, seed=2)
     write_images(home / "real", real, of)
     line = (f"--ckpt {saved[-1]} --ref {home}/real --inception random --num-samples 100 --num-steps 50 "
-            f"--cfg-scale 2 --json {home}/metrics.json")
+            f"--mode {mode} --cfg-scale 2 --json {home}/metrics.json")
     print("\n$ python evaluate.py", line)
     evaluate.main(line.split())
-    evaluate.judge_letters(home, saved, args.tau)
+    evaluate.judge_letters(home, saved, args.tau, mode)
 
 
 def bench(args):
@@ -1455,7 +1561,185 @@ def bench(args):
     evaluate.bench(args)
 
 
-# ---- 11. The command line ----------------------------------------------------------------------------------
+# ---- 11. The paper's other backbones: DiT, which learns the noise, and MM-DiT, which reads texts -----------
+
+@functools.lru_cache(maxsize=8)
+def ddpm_schedule(steps, device, dtype):
+    """`steps` of DiT's 1000 timesteps, evenly spaced, and (6, steps) of them: sqrt abar and sqrt(1 - abar),
+    the posterior's weights of x0 and x_t, log beta and log beta~. Raises BadInput."""
+    if not 2 <= steps <= 1000:
+        raise BadInput(f"DiT is sampled in 2 to 1000 steps, not in {steps}")
+    timesteps = np.cumsum([0] + (steps - 1) * [999 / (steps - 1)]).round().astype(int)      # as DiT rounds
+    # abar_t = product of 1 - beta up to t; with s, the timestep kept before t, beta = 1 - abar_t / abar_s
+    abar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[timesteps]
+    abar_s = np.append(1.0, abar[:-1])
+    beta = 1 - abar / abar_s
+    # q(x_s | x_t, x0) = N((sqrt(abar_s) beta x0 + sqrt(1 - beta) (1 - abar_s) x_t) / (1 - abar_t), beta~)
+    # beta~ = beta (1 - abar_s) / (1 - abar_t); at the first timestep 0, without a log: there the second's
+    of_x0, of_x_t = abar_s ** 0.5 * beta / (1 - abar), (1 - beta) ** 0.5 * (1 - abar_s) / (1 - abar)
+    beta_tilde = beta * (1 - abar_s) / (1 - abar)
+    beta_tilde[0] = beta_tilde[1]
+    rows = np.stack([abar ** 0.5, (1 - abar) ** 0.5, of_x0, of_x_t, np.log(beta), np.log(beta_tilde)])
+    return timesteps.tolist(), torch.tensor(rows, dtype=dtype, device=device)
+
+
+def ddpm_at(i, x, steps=1000):
+    """ddpm_schedule's six at the i-th of its timesteps, for i (B,) each (B, 1, 1, 1)."""
+    return ddpm_schedule(steps, x.device, x.dtype)[1][:, i, None, None, None]
+
+
+# mean = E q(x_s | x_t, (x_t - sqrt(1 - abar) eps) / sqrt(abar)),  log var = f log beta + (1 - f) log beta~
+def ddpm_reverse(out, x_t, i, steps=1000):
+    """Mean and log variance of p(x_s | x_t) by the network's output (B, 2C, S, S): eps, and 2 f - 1."""
+    signal, noise, of_x0, of_x_t, log_beta, log_beta_tilde = ddpm_at(i, x_t, steps)
+    eps, f = out[:, :x_t.shape[1]], (out[:, x_t.shape[1]:] + 1) / 2
+    return of_x0 * (x_t - noise * eps) / signal + of_x_t * x_t, f * log_beta + (1 - f) * log_beta_tilde
+
+
+# log P(x) = log(cdf(x + 1/255) - cdf(x - 1/255)), of a level of 256 in [-1, 1], the outermost without end
+def level_log_likelihood(x, mean, log_std):
+    def cdf(edge):      # of the normal distribution, by the tanh approximation that DiT was trained with
+        z = (edge - mean) * torch.exp(-log_std)
+        return (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3))) / 2
+
+    above = torch.where(x > 0.999, 1, cdf(x + 1 / 255))
+    below = torch.where(x < -0.999, 0, cdf(x - 1 / 255))
+    return torch.log((above - below).clamp(min=1e-12))
+
+
+class DDPM:
+    """What DiT learns: the noise, and a variance for the way back; its times are 0 .. 999."""
+    modes, grid_mode, max_steps = ("ddpm", "sde", "ode"), "ddpm", 1000
+
+    # x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps
+    @staticmethod
+    def noised(x0, eps, t):
+        t = (1000 * t).floor().clamp(max=999)
+        signal, noise, *_ = ddpm_at(t.long(), x0)
+        return signal * x0 + noise * eps, t
+
+    # L_diff = mean (eps_hat - eps)^2 + L_vb,    L_vb = KL(q(x_s | x_t, x0) || p(x_s | x_t))
+    @staticmethod
+    def loss(out, x0, eps, x_t, t):
+        """L_vb, in bits a dimension, trains the variance alone: eps_hat is detached in it. At t = 0 it is
+        -log p(x0 | x_t), as if x0 were pixels."""
+        i, eps_hat = t.long(), out[:, :x0.shape[1]]
+        mean, log_var = ddpm_reverse(torch.cat([eps_hat.detach(), out[:, x0.shape[1]:]], dim=1), x_t, i)
+        _, _, of_x0, of_x_t, _, log_beta_tilde = ddpm_at(i, x0)
+        apart = of_x0 * x0 + of_x_t * x_t - mean
+        # KL(N(m, v) || N(m', v')) = (v / v' - log(v / v') - 1 + (m - m')^2 / v') / 2
+        gap = log_beta_tilde - log_var
+        kl = (gap.exp() - gap - 1 + apart ** 2 * (-log_var).exp()) / 2
+        nll = -level_log_likelihood(x0, mean, log_var / 2)
+        bound = torch.where(t.view(-1, 1, 1, 1) == 0, nll, kl)
+        return ((eps_hat - eps) ** 2).mean() + bound.mean() / math.log(2)
+
+
+def ddpm_sample(network, x, steps, guides, mode, progress=False):
+    """From noise x (B, C, S, S) back through `steps` evenly spaced timesteps, nothing clipped.
+
+    "ddpm", DiT's own: ancestral, with the learned variance. "sde": Euler-Maruyama through the score, as the
+    paper says. The forward process is dx = -x/2 dtau + dw in the time tau = -log abar, of which each step
+    covers the exact share of the discrete schedule. "ode": the probability flow in its exact DDIM form."""
+    timesteps, _ = ddpm_schedule(steps, x.device, x.dtype)
+    for i in tqdm(range(steps - 1, -1, -1), desc="sampling", disable=not progress):
+        out = network(x, timesteps[i], guides(timesteps[i] / 1000))
+        (signal, noise, *_), eps = ddpm_at(i, x, steps), out[:, :x.shape[1]]
+        signal_s, noise_s = ddpm_at(i - 1, x, steps)[:2] if i else (1.0, 0.0)
+        if mode == "ddpm":
+            mean, log_var = ddpm_reverse(out, x, i, steps)
+            std = torch.exp(log_var / 2)
+        elif mode == "sde":         # dx = -(x / 2 + score) dtau + dw,  score = -eps / sqrt(1 - abar)
+            dtau = 2 * torch.log(signal_s / signal)
+            mean, std = x + (x / 2 - eps / noise) * dtau, dtau ** 0.5
+        else:
+            mean, std = signal_s * (x - noise * eps) / signal + noise_s * eps, 0.0
+        x = mean + std * torch.randn_like(x) if i and mode != "ode" else mean       # the last takes the mean
+    return x
+
+
+class DiT(SiT):
+    """SiT's network and alignment; its times are integers, 0 .. 999, and it says noise and variance,
+    (B, 2C, S, S)."""
+    outputs, guided, diffusion = 2, 3, DDPM         # DiT guides the first three channels alone
+
+
+NAMES += [name.replace("SiT", "DiT") for name in NAMES]      # DiT's sizes are SiT's
+
+
+class JointBlock(nn.Module):
+    """One attention over text and image; all else is each one's own. The last block's text ends there."""
+
+    def __init__(self, dim, num_heads, last):
+        super().__init__()
+        self.context_block, self.x_block = Block(dim, num_heads), Block(dim, num_heads)
+        if last:
+            del self.context_block.attn.proj, self.context_block.norm2, self.context_block.mlp
+            self.context_block.adaLN_modulation[1] = nn.Linear(dim, 2 * dim)
+
+    def forward(self, x, c, text):
+        """Image x (B, N, D), c (B, D), text (B, T, D) -> x, its (q, k), and, but for the last block, text."""
+        x_a, x_rest = self.x_block.before(x, c)
+        text_a, text_rest = self.context_block.before(text, c)
+        q, k, v = self.x_block.attn.heads(x_a)                                  # (B, heads, N, head_dim) each
+        pairs = zip(self.context_block.attn.heads(text_a), (q, k, v))
+        a = attend(*(torch.cat(pair, dim=2) for pair in pairs))                 # (B, T + N, D)
+        text_a, x_a = a.split([text.shape[1], x.shape[1]], dim=1)
+        x = self.x_block.after(x, self.x_block.attn.proj(x_a), *x_rest)
+        if not text_rest:
+            return x, (q, k)
+        return x, (q, k), self.context_block.after(text, self.context_block.attn.proj(text_a), *text_rest)
+
+
+class MMDiT(Backbone):
+    """The text-to-image MM-DiT with REPA's projector, its parameters named as the released HASTE does.
+
+    Its condition is a text, (B, T, context_dim) as CLIP gives it; time alone modulates. `null_context`
+    (T, context_dim), the encoding of "", comes with the data and is in no checkpoint."""
+
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=768, depth=24, num_heads=24,
+                 context_dim=768, class_dropout_prob=0.1, attention_blocks=(4, 5, 6, 7), feature_block=8,
+                 teacher_dim=768, projector_dim=2048):
+        super().__init__(input_size, patch_size, in_channels, hidden_size, depth, num_heads,
+                         attention_blocks, feature_block)
+        self.dropout_prob = class_dropout_prob
+        self.register_buffer("pos_embed", sincos_positions(hidden_size, input_size // patch_size))
+        self.register_buffer("null_context", None, persistent=False)
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.context_embedder = nn.Linear(context_dim, hidden_size)
+        self.joint_blocks = nn.ModuleList(
+            JointBlock(hidden_size, num_heads, last=i == depth - 1) for i in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size ** 2 * in_channels)
+        self.projectors = nn.ModuleList([build_projector(hidden_size, projector_dim, teacher_dim)])
+
+    @property
+    def blocks(self):
+        return self.joint_blocks
+
+    @property
+    def null_label(self):
+        if not self.dropout_prob or self.null_context is None:
+            raise BadInput("a model trained without text dropout, or without the encoding of the empty text, "
+                           "has nothing to guide away from")
+        return self.null_context
+
+    def drop(self, context, u):
+        """Puts the null text where u (B,), uniform in [0, 1), lies below the dropout probability."""
+        if not self.dropout_prob:
+            return context
+        return torch.where(u.view(-1, 1, 1) < self.dropout_prob, self.null_label.to(context.dtype), context)
+
+    def embed(self, x, t, context):
+        text = self.context_embedder(context.to(self.context_embedder.weight.dtype))
+        return self.x_embedder(x) + self.pos_embed, self.t_embedder(t), text
+
+
+MODELS["MMDiT"] = (24, 768, 24, (4, 5, 6, 7), (8, 9, 10, 11), 8, 2048, 200_000)
+KINDS = {"SiT": SiT, "DiT": DiT, "MMDiT": MMDiT}
+
+
+# ---- 12. The command line ----------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -1507,7 +1791,7 @@ def parse(argv):
     flag("--num-workers", type=number(int, 0), default=min(4, os.cpu_count()), help="a process [%(default)s]")
 
     flag = parser.add_argument_group("alignment").add_argument
-    flag("--model", metavar="NAME", default="SiT-XL/2", help="SiT-{XS,S,B,L,XL}/{2,4,8} [%(default)s]")
+    flag("--model", metavar="NAME", help="{SiT,DiT}-{XS,S,B,L,XL}/{2,4,8} [SiT-XL/2; of --demo, SiT]")
     flag("--teacher", "--enc-type", metavar="NAME", default="dinov2_vitb14",
          help="dinov2_vit{s,b,l,g}14[_reg], timm/NAME, or a file [%(default)s]")
     flag("--teacher-repo", metavar="DIR", help="a clone of facebookresearch/dinov2, for want of internet")
@@ -1548,7 +1832,7 @@ def parse(argv):
 
     flag = parser.add_argument_group("--sample").add_argument
     flag("--labels", type=int, nargs="+", default=[207, 360, 387, 974, 88, 979, 417], help="[%(default)s]")
-    flag("--mode", choices=("sde", "ode", "heun"), default="sde", help="[%(default)s]")
+    flag("--mode", choices=MODES, default="sde", help="ddpm: DiT's own [%(default)s]")
     flag("--num-steps", type=number(int, 2), default=250, help="[%(default)s]")
     flag("--cfg-scale", type=weight, default=4.0, help="guidance, of grids, too; 1: none [%(default)s]")
     flag("--guidance-low", type=share, default=0.0, help="guide where t is in [low, high] [%(default)s]")
@@ -1557,6 +1841,9 @@ def parse(argv):
     flag("--json", metavar="FILE", help="--bench: write the figures there, too")
 
     args = parser.parse_args(argv)
+    args.model = args.model or ("SiT" if args.demo else "SiT-XL/2")
+    if args.demo and args.model in KINDS:
+        args.model = f"{args.model}-XS/{PATCH}"
     if args.model not in NAMES:
         raise BadInput(f"unknown model {args.model!r}: choose one of {', '.join(NAMES)}")
     args.exp_name = args.exp_name or args.model.replace("/", "-")

@@ -29,11 +29,13 @@ HASTE = str(Path(haste.__file__).resolve())
 
 # ---- Helpers: a tiny world -----------------------------------------------------------------------------------
 
+TINY = {"input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 4, "num_heads": 4, "num_classes": 5,
+        "attention_blocks": (1, 2), "feature_block": 3, "teacher_dim": 24, "projector_dim": 16}
+
+
 def tiny_sit(**sizes):
     torch.manual_seed(0)
-    return haste.SiT(**{"input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 4, "num_heads": 4,
-                        "num_classes": 5, "attention_blocks": (1, 2), "feature_block": 3, "teacher_dim": 24,
-                        "projector_dim": 16} | sizes)
+    return haste.SiT(**TINY | sizes)
 
 
 def awake(model):
@@ -1076,7 +1078,383 @@ def test_glyphs_are_letters_in_place():
     assert (ink > paper + 20).all() and (0.05 < masks.mean((1, 2))).all() and (masks.mean((1, 2)) < 0.5).all()
 
 
-# ---- 11. Mistakes get one sentence and exit code 2 -----------------------------------------------------------
+# ---- 11. The other backbones ---------------------------------------------------------------------------------
+
+def frozen(seed, *shape):
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+def with_frozen_weights(model, no="nothing"):
+    """The model with weights of numpy's streams, the i-th stream for the i-th name; names that begin with `no` have none."""
+    state = model.state_dict()
+    for i, name in enumerate(sorted(n for n in state if not n.startswith(no))):
+        if name != "pos_embed":
+            state[name] = frozen(1000 + i, *state[name].shape) * (state[name][0].numel() ** -0.5 if state[name].ndim > 1 else 0.02)
+    model.load_state_dict(state)
+    return model
+
+
+def tiny_dit(**sizes):
+    torch.manual_seed(0)
+    return haste.DiT(**TINY | sizes)
+
+
+def tiny_mmdit(**sizes):
+    torch.manual_seed(0)
+    return haste.MMDiT(**{"input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 32, "depth": 10, "num_heads": 4,
+                          "context_dim": 12, "teacher_dim": 24, "projector_dim": 16} | sizes)
+
+
+def test_dits_released_code_gives_these_figures_for_the_same_weights():
+    """Loss, gradients and 12 respaced guided steps of facebookresearch/DiT (executed on numpy's frozen streams)."""
+    model = with_frozen_weights(tiny_dit(input_size=16, in_channels=4, hidden_size=96, num_classes=10), no="projectors")
+    x0, eps, t, y = 0.5 * frozen(1, 3, 4, 16, 16), frozen(2, 3, 4, 16, 16), torch.tensor([0, 0.0375, 0.8]), torch.tensor([3, 7, 1])
+    each = [haste.losses(model, x0[i:i + 1], eps[i:i + 1], t[i:i + 1], y[i:i + 1])[0].item() for i in range(3)]
+    assert each == pytest.approx([4.971220, 2.421021, 2.295545], rel=1e-5)
+    haste.losses(model, x0, eps, t, y)[0].backward()
+    grads = {"x_embedder.proj.weight": 0.33424, "blocks.1.attn.qkv.weight": 0.605419, "final_layer.linear.weight": 2.372707}
+    assert {n: dict(model.named_parameters())[n].grad.norm().item() for n in grads} == pytest.approx(grads, rel=1e-4)
+    drawn = iter(range(501, 600))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randn_like", lambda a: frozen(next(drawn), *a.shape).to(a.dtype))
+        out = haste.sample(model, frozen(9, 3, 4, 16, 16), y, steps=12, cfg_scale=1.8, mode="ddpm")
+    assert out[1, :, 11, 3].tolist() == pytest.approx([-120.932564, -170.767593, -589.873779, -355.143188], rel=1e-4)
+    assert out.abs().mean().item() == pytest.approx(226.444138, rel=1e-4)       # weights that never learned: it explodes
+
+
+def test_dit_is_sits_network_with_twice_the_channels_and_another_clock():
+    with torch.device("meta"):
+        model = haste.build_model("DiT-XL/2")
+    assert sum(p.numel() for n, p in model.named_parameters() if not n.startswith("projectors")) == 675_129_632
+    dit, sit = awake(tiny_dit()), tiny_sit()
+    assert dit.state_dict().keys() == sit.state_dict().keys()
+    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 998.0]), torch.tensor([0, 4])
+    out, z, qk = dit(x, t, y, align=True)
+    assert out.shape == (2, 6, 8, 8) and z.shape == (2, 16, 24) and qk[1][0].shape == (2, 4, 16, 8)
+    sit.load_state_dict({n: v[:len(sit.state_dict()[n])] for n, v in dit.state_dict().items()})     # the same but for the last
+    assert torch.equal(sit(x, t, y, align=True)[1], z)
+
+
+def test_time_becomes_one_of_dits_1000_timesteps():
+    x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    times = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    timesteps = haste.DDPM.noised(x, x, times)[1]
+    assert set(timesteps.tolist()) == set(range(1000)) and timesteps.mean().item() == pytest.approx(499.5, abs=3)
+    assert haste.DDPM.noised(x, x, torch.tensor([0, 1 - 2 ** -24, 1.0]))[1].tolist() == [0, 999, 999]
+    at = haste.DDPM.noised(x, x, torch.tensor(haste.TRIGGER_TIMES))[1]     # where to floor is to round
+    assert at.tolist() == [round(1000 * t) for t in haste.TRIGGER_TIMES]
+
+
+class Says(nn.Module):
+    """A DiT that says what it is told."""
+    diffusion, guided, null_label = haste.DDPM, 3, 9
+
+    def __init__(self, out):
+        super().__init__()
+        self.out = nn.Parameter(out)
+
+    def forward(self, x, t, y):
+        self.x_t, self.t = x, t
+        return self.out
+
+
+@pytest.mark.parametrize("timestep", [0, 1, 2, 500, 999])
+def test_dits_loss_is_the_squared_error_and_the_bound_in_bits(timestep):
+    """Against scalars, one dimension after another, and torch.distributions."""
+    x0 = torch.tensor([-1.0, -0.2, 0.3, 1.0], dtype=torch.float64).view(1, 1, 2, 2)
+    eps, out = torch.randn(1, 1, 2, 2, dtype=torch.float64), 0.3 * torch.randn(1, 2, 2, 2, dtype=torch.float64)
+    abar = abar_s = 1.0
+    for i in range(timestep + 1):
+        beta = 1e-4 + (0.02 - 1e-4) * i / 999
+        abar, abar_s = abar * (1 - beta), abar
+    first = (1e-4, (1e-4 + (0.02 - 1e-4) / 999))
+    beta_tilde = beta * (1 - abar_s) / (1 - abar) if timestep else first[1] * first[0] / (1 - (1 - first[0]) * (1 - first[1]))
+
+    def posterior(x0, x_t):
+        return (abar_s ** 0.5 * beta * x0 + (1 - beta) ** 0.5 * (1 - abar_s) * x_t) / (1 - abar)
+
+    def cdf(z):
+        return 0.5 * (1 + math.tanh((2 / math.pi) ** 0.5 * (z + 0.044715 * z ** 3)))
+
+    total = 0
+    for x, e, e_hat, f in zip(x0.flatten().tolist(), eps.flatten().tolist(), out[:, 0].flatten().tolist(), out[:, 1].flatten().tolist()):
+        x_t = abar ** 0.5 * x + (1 - abar) ** 0.5 * e
+        mean = posterior((x_t - (1 - abar) ** 0.5 * e_hat) / abar ** 0.5, x_t)
+        std = math.exp(0.5 * ((f + 1) / 2 * math.log(beta) + (1 - f) / 2 * math.log(beta_tilde)))
+        if timestep:
+            p, q = torch.distributions.Normal(mean, std), torch.distributions.Normal(posterior(x, x_t), beta_tilde ** 0.5)
+            nats = torch.distributions.kl_divergence(q, p).item()
+        else:
+            above, below = cdf((x + 1 / 255 - mean) / std), cdf((x - 1 / 255 - mean) / std)
+            nats = -math.log(max(1e-12, (1 if x == 1 else above) - (0 if x == -1 else below)))
+        total += ((e_hat - e) ** 2 + nats / math.log(2)) / 4
+    model = Says(out)
+    loss, repa, atta = haste.losses(model, x0, eps, torch.tensor([(timestep + 0.5) / 1000]), torch.tensor([1]))
+    assert loss.item() == pytest.approx(total, rel=1e-5) and model.t.tolist() == [timestep] and not repa and not atta
+    loss.backward()     # in the bound eps_hat is detached: it learns from the squared error alone
+    assert torch.allclose(model.out.grad[:, :1], (out[:, :1] - eps) / 2, rtol=1e-12) and model.out.grad[:, 1:].any()
+
+
+@pytest.mark.parametrize("steps", [250, 50, 21, 1000])
+def test_the_respaced_schedule_against_a_naive_one(steps):
+    kept, at = [], 0.0
+    for _ in range(steps):
+        kept.append(round(at))
+        at += 999 / (steps - 1)
+    abars = [math.prod(1 - (1e-4 + (0.02 - 1e-4) * i / 999) for i in range(t + 1)) for t in kept]
+    timesteps, rows = haste.ddpm_schedule(steps, torch.device("cpu"), torch.float64)
+    assert timesteps == kept and rows.shape == (6, steps)
+    for i in (1, 2, steps // 2, steps - 1):
+        before, abar = abars[i - 1], abars[i]
+        keep = abar / before        # x_t = sqrt(keep) x_s + sqrt(1 - keep) noise
+        # by Bayes: precisions add, and so do the precision-weighted means
+        precision = keep / (1 - keep) + 1 / (1 - before)
+        by_hand = [abar ** 0.5, (1 - abar) ** 0.5, before ** 0.5 / (1 - before) / precision, keep ** 0.5 / (1 - keep) / precision,
+                   math.log(1 - keep), -math.log(precision)]
+        assert rows[:, i].tolist() == pytest.approx(by_hand, rel=1e-9)
+    assert rows[2:4, 0].tolist() == pytest.approx([1, 0], abs=1e-12) and rows[5, 0] == rows[5, 1]
+    with pytest.raises(haste.BadInput, match="2 to 1000 steps"):
+        haste.ddpm_schedule(1001, torch.device("cpu"), torch.float64)
+
+
+class GaussianNoise(nn.Module):
+    """The exact noise in data from N(0, c^2), E[eps | x_t], of label 0; half of it for the null label. Least variance."""
+    null_label, diffusion, guided, c = 3, haste.DDPM, 3, 0.5
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, x, t, y):
+        self.calls.append((len(x), t[0].item(), y.tolist()))
+        signal, noise, *_ = haste.ddpm_at(t.long(), x.double())
+        eps = noise / (signal ** 2 * self.c ** 2 + noise ** 2) * x * torch.where(y == 3, 0.5, 1.0).view(-1, 1, 1, 1)
+        return torch.cat([eps, -torch.ones_like(eps)], dim=1).to(x.dtype)
+
+
+def test_dits_samplers_turn_noise_into_data():
+    noise, labels = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0)), torch.zeros(4, dtype=torch.long)
+    ode = haste.sample(GaussianNoise(), noise, labels, mode="ode")
+    assert (ode - 0.5 * noise.double()).abs().max() < 0.05 and ode.dtype == torch.float64       # the flow of a Gaussian is a scaling
+    for mode in ("ddpm", "sde"):
+        model = GaussianNoise()
+        torch.manual_seed(0)
+        x = haste.sample(model, noise, labels, mode=mode)
+        assert x.std().item() == pytest.approx(0.5, abs=0.03) and torch.corrcoef(torch.stack([x.flatten(), noise.flatten()]))[0, 1] < 0.2
+        assert [t for _, t, _ in model.calls] == haste.ddpm_schedule(250, noise.device, torch.float64)[0][::-1]
+    with pytest.raises(haste.BadInput, match="ddpm, sde, ode"):
+        haste.sample(GaussianNoise(), noise, labels, mode="heun")
+    with pytest.raises(haste.BadInput, match="sde, ode, heun"):
+        haste.sample(GaussianVelocity(), noise, labels, mode="ddpm")
+
+
+@pytest.mark.parametrize("mode", ["ddpm", "sde", "ode"])
+def test_dit_guides_three_channels_inside_the_interval(mode):
+    noise, labels = torch.randn(2, 4, 4, 4), torch.zeros(2, dtype=torch.long)
+    free, guided, model = GaussianNoise(), GaussianNoise(), GaussianNoise()
+    torch.manual_seed(0)
+    x = haste.sample(free, noise, labels, steps=10, mode=mode)
+    torch.manual_seed(0)
+    g = haste.sample(guided, noise, labels, steps=10, cfg_scale=3.0, mode=mode)
+    assert torch.equal(x[:, 3], g[:, 3]) and ((x - g)[:, :3].abs() > 0).all()
+    haste.sample(model, noise, labels, steps=10, cfg_scale=3.0, guidance=(0.3, 0.7), mode=mode)
+    assert all((n, y) == ((4, [0, 0, 3, 3]) if 300 <= t <= 700 else (2, [0, 0])) for n, t, y in model.calls) and len(model.calls) == 10
+
+
+def test_dits_names_taus_and_mistakes(world, tmp_path, capsys):
+    class At512(list):
+        shape, resolution, classes, labels = (4, 64, 64), 512, range(9), np.zeros(256)
+
+    settled = {}
+    for name in ("SiT-XL/2", "DiT-XL/2", "DiT-L/2", "DiT-B/4"):
+        args = haste.parse(["--model", name])
+        haste.settle(args, At512(range(256)), 1)
+        settled[name] = args.tau
+    assert settled == {"SiT-XL/2": 300_000, "DiT-XL/2": 250_000, "DiT-L/2": 250_000, "DiT-B/4": 100_000}
+    assert "unknown model 'DiT'" in complaint(capsys, ["--model", "DiT", "--data-dir", world / "data"])
+
+
+def test_a_dit_is_trained_in_both_phases_resumed_bit_for_bit_and_drawn(tiny, world, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    haste.main(flags(world, whole, model="DiT-XS/2", sampling_steps=6))
+    haste.main(flags(world, parts, model="DiT-XS/2", max_train_steps=4))
+    haste.main(flags(world, parts, model="DiT-XS/2"))
+    assert all(same(checkpoint(whole, 6)[k], checkpoint(parts, 6)[k]) for k in ("model", "ema", "opt"))
+    assert [m["phase"] for m in metrics(whole)] == [1, 1, 1, 2, 2, 2] and metrics(whole)[0]["loss_atta"] > 0
+    assert (whole / "run" / "samples" / "0000006.png").is_file()        # of "ddpm", for "ode" is not for young DiTs
+    path, pictures = whole / "run" / "checkpoints" / "0000006.pt", {}
+    for mode in ("ddpm", "sde", "ode"):
+        haste.main(["--sample", f"{path}", "--labels", "0", "3", "--num-steps", "4", "--mode", mode, "--out", f"{tmp_path}/{mode}.png"])
+        pictures[mode] = (tmp_path / f"{mode}.png").read_bytes()
+    assert len(set(pictures.values())) == 3
+    assert "ddpm, sde, ode" in complaint(capsys, ["--sample", path, "--labels", 0, "--mode", "heun"])
+    assert "at most 1000 steps" in complaint(capsys, ["--sample", path, "--labels", 0, "--num-steps", 1001])
+    draw = "--ckpt", f"{path}", "--ref", f"{world}/data", "--num-samples", "8", "--num-steps", "3", "--inception", "random"
+    results = evaluate.main([*draw, "--mode", "ddpm", "--cfg-scale", "2", "--json", f"{tmp_path}/told.json"])
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["protocol"]["sampler"] == "ddpm" and told["protocol"]["guided channels"] == 3 and results["fid"] == told["fid"]
+    assert "ddpm, sde, ode" in refusal(capsys, *draw, "--mode", "heun")
+
+
+def test_the_trigger_asks_a_dit_too(world, tmp_path):
+    haste.main(flags(world, tmp_path, model="DiT-XS/2", tau="auto", tau_from=0, tau_every=2, tau_images=8, max_train_steps=2))
+    assert all(f"cosine_t{t}" in metrics(tmp_path)[0] for t in haste.TRIGGER_TIMES)
+
+
+def test_dits_own_checkpoints_load_without_a_projector(tmp_path, capsys):
+    model = awake(haste.build_model("DiT-S/8", input_size=16, num_classes=3))
+    bare = {k: x for k, x in model.state_dict().items() if not k.startswith("projectors")}
+    torch.save(bare, tmp_path / "bare.pt")
+    torch.save({"ema": bare, "args": argparse.Namespace(model="DiT-S/8", num_classes=3, vae="ema")}, tmp_path / "trained.pt")
+    x, t, y = torch.randn(1, 4, 16, 16), torch.tensor([500.0]), torch.tensor([3])
+    for path, name in ((tmp_path / "bare.pt", "DiT-S/8"), (tmp_path / "trained.pt", None)):
+        loaded, made = haste.load_model(path, name)
+        assert torch.equal(loaded(x, t, y), model(x, t, y)) and loaded.null_label == 3
+    assert made["vae"] == "stabilityai/sd-vae-ft-ema"
+    assert "as a DiT's: --model DiT-XL/2?" in complaint(capsys, ["--sample", tmp_path / "bare.pt"])
+    sit = {k: x for k, x in haste.build_model("SiT-S/8", input_size=16).state_dict().items() if not k.startswith("projectors")}
+    torch.save(sit, tmp_path / "sit.pt")
+    assert "KeyError: 'projectors" in complaint(capsys, ["--sample", tmp_path / "sit.pt", "--model", "SiT-S/8"])
+    assert "holds no weights" in complaint(capsys, ["--sample", tmp_path / "sit.pt", "--model", "DiT-S/8"])
+
+
+@pytest.mark.parametrize("kind", [haste.SiT, haste.DiT])
+def test_the_benchs_plain_step_is_phase_iis(kind):
+    args = haste.parse(["--precision", "fp32"])
+    args.gradient_accumulation_steps = 1
+    learners = []
+    for one in (type("PlainBackbone", (evaluate.Plain, kind), {}), kind):
+        torch.manual_seed(0)
+        learners.append(haste.Learner(awake(one(**TINY)), args, torch.device("cpu")))
+        learners[-1].wrap(projector=False)
+    given = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.tensor([0.0004, 0.7]), torch.tensor([0, 4])
+    for _ in range(2):
+        evaluate.plain_step(learners[0], *given)
+        learners[1].step(*given)
+    for a, b in zip(learners[0].model.parameters(), learners[1].model.parameters()):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_the_released_mmdits_figures_for_the_same_weights():
+    """Output, projection, logits and gradients of the authors' text-to-image model (executed on numpy's frozen streams)."""
+    model = with_frozen_weights(haste.MMDiT(hidden_size=288, depth=9, num_heads=9, teacher_dim=48, projector_dim=96))
+    v, z, qk = model(frozen(1, 2, 4, 32, 32), torch.tensor([0.3, 0.8]), frozen(2, 2, 7, 768), align=True)
+    assert v[0, :, 5, 9].tolist() == pytest.approx([-1.149736, -0.551603, 1.262833, -1.376827], rel=1e-4)
+    assert v.abs().mean().item() == pytest.approx(0.852266, rel=1e-4)
+    assert z[0, 17, :3].tolist() == pytest.approx([0.203212, -0.38475, -0.734253], rel=1e-4)
+    q, k = qk[2]
+    assert (q @ k.mT / 32 ** 0.5)[1, 3, 10, :3].tolist() == pytest.approx([0.281714, 1.998466, -0.598364], rel=1e-4)
+    v.square().mean().backward()
+    grads = {"context_embedder.weight": 0.066919, "joint_blocks.8.context_block.attn.qkv.weight": 0.020626,
+             "joint_blocks.5.x_block.attn.qkv.weight": 0.395535}
+    assert {n: dict(model.named_parameters())[n].grad.norm().item() for n in grads} == pytest.approx(grads, rel=1e-4)
+
+
+def test_mmdits_parameter_counts_and_names():
+    with torch.device("meta"):
+        model = haste.build_model("MMDiT")
+    params = dict(model.named_parameters())
+    assert sum(p.numel() for p in params.values()) == 512_415_504
+    assert sum(p.numel() for n, p in params.items() if not n.startswith("projectors")) == 505_070_608
+    assert [n for n, _ in model.named_children()] == ["x_embedder", "t_embedder", "context_embedder", "joint_blocks", "final_layer", "projectors"]
+    assert [n for n in params if n.startswith("joint_blocks.23.context_block")] == [     # the last text feeds attention, and ends
+        f"joint_blocks.23.context_block.{layer}.{kind}" for layer in ("attn.qkv", "adaLN_modulation.1") for kind in ("weight", "bias")]
+    assert "pos_embed" in model.state_dict() and "null_context" not in model.state_dict()
+
+
+def test_mmdit_shows_the_image_side_of_the_maps_that_attention_used(monkeypatch):
+    model, used = awake(tiny_mmdit()), []
+    real = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: used.append((q, k)) or real(q, k, v))
+    x, t, context = torch.randn(3, 3, 8, 8), torch.rand(3), torch.randn(3, 5, 12)
+    v, z, qk = model(x, t, context, align=True)
+    assert v.shape == x.shape and z.shape == (3, 16, 24) and len(used) == 10 and len(qk) == 4
+    assert torch.equal(v, model(x, t, context))
+    for b, (q, k) in zip(model.attention_blocks, qk):
+        assert q.shape == k.shape == (3, 4, 16, 8) and used[b][0].shape == (3, 4, 5 + 16, 8)
+        assert torch.equal(used[b][0][:, :, 5:], q) and torch.equal(used[b][1][:, :, 5:], k)      # text comes first
+
+
+def test_mmdit_by_hand_text_and_image_in_one_attention():
+    block = haste.JointBlock(32, 4, last=False)
+    x, c, text = torch.randn(2, 16, 32), torch.randn(2, 32), torch.randn(2, 5, 32)
+    parts = []
+    for stream, h in ((block.context_block, text), (block.x_block, x)):
+        m = stream.adaLN_modulation(c)[:, None].chunk(6, dim=-1)
+        qkv = stream.attn.qkv(F.layer_norm(h, (32,), eps=1e-6) * (1 + m[1]) + m[0])
+        parts.append((stream, h, m, qkv.chunk(3, dim=-1)))
+    q, k, v = (torch.cat([p[3][i] for p in parts], dim=1) for i in range(3))
+    heads = [((q[..., s] @ k[..., s].mT) / 8 ** 0.5).softmax(-1) @ v[..., s] for s in (slice(8 * i, 8 * i + 8) for i in range(4))]
+    results = []
+    for (stream, h, m, _), a in zip(parts, torch.cat(heads, dim=-1).split([5, 16], dim=1)):
+        h = h + m[2] * stream.attn.proj(a)
+        results.append(h + m[5] * stream.mlp(F.layer_norm(h, (32,), eps=1e-6) * (1 + m[4]) + m[3]))
+    out, _, text_out = block(x, c, text)
+    assert torch.allclose(text_out, results[0], atol=1e-5) and torch.allclose(out, results[1], atol=1e-5)
+
+
+def test_the_text_is_never_supervised():
+    model = tiny_mmdit()
+    x0, eps, t, context = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.rand(2), torch.randn(2, 5, 12)
+    target = haste.Teacher(tiny_vit(), (8, 9, 10, 11), 4)(torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8))
+    diff, repa, atta = haste.losses(model, x0, eps, t, context, target)
+    atta.backward(retain_graph=True)
+    text = [(int(n.split(".")[1]), n, p) for n, p in model.named_parameters() if ".context_block." in n]
+    assert all(p.grad is None for block, _, p in text if block >= 7)         # block 7 shows its image's q and k, and no more
+    assert all(p.grad is not None and p.grad.any() for block, n, p in text if block < 6)    # image attended to text on the way
+    assert any(p.grad.any() for n, p in model.named_parameters() if n.startswith("joint_blocks.7.x_block.attn.qkv"))
+    model.zero_grad()
+    repa.backward(retain_graph=True)        # the tokens after block 8, block 7 from 0: its text only feeds attention there
+    after = [n for block, n, p in text if block == 7 and p.grad is not None and p.grad.any() and ".attn.qkv" not in n and ".adaLN" not in n]
+    assert not after and all(p.grad is None for block, _, p in text if block > 7)
+    model.zero_grad()
+    diff.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if not n.startswith("projectors"))   # DDP searches for none
+    turned = model(x0, t, context.flip(1))
+    assert torch.allclose(turned, model(x0, t, context), atol=1e-5)          # text tokens have no positions
+
+
+def test_mmdit_drops_texts_to_the_empty_one_and_is_guided_away_from_it():
+    model = awake(tiny_mmdit())
+    noise, context, null = torch.randn(2, 3, 8, 8), torch.randn(2, 5, 12), torch.randn(5, 12)
+    with pytest.raises(haste.BadInput, match="empty text"):
+        haste.sample(model, noise, context, steps=2, cfg_scale=2.0, mode="ode")
+    model.null_context = null
+    assert "null_context" not in model.state_dict()
+    many = model.drop(context[:1].expand(20_000, 5, 12), torch.rand(20_000, generator=torch.Generator().manual_seed(0)))
+    dropped = (many == null).flatten(1).all(1)
+    assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.01) and torch.equal(many[~dropped][0], context[0])
+    x, t = noise, torch.ones(2)
+    by_hand = x.double() - (lambda v, v_null: v_null + 2 * (v - v_null))(model(x, t, context).double(), model(x, t, null.expand(2, 5, 12)).double())
+    with torch.no_grad():
+        out = haste.sample(model, noise, context, steps=1, cfg_scale=2.0, mode="ode")
+    assert torch.allclose(out, by_hand, atol=1e-5)
+    halves = haste.sample(model, noise, context.half(), steps=1, mode="ode")     # texts are stored in fp16
+    assert torch.allclose(halves, haste.sample(model, noise, context.half().float(), steps=1, mode="ode"))
+
+
+@pytest.mark.parametrize("make, condition", [(tiny_dit, torch.tensor([0, 4])), (tiny_mmdit, torch.ones(2, 5, 12))])
+def test_the_other_backbones_compile_without_a_graph_break_in_both_phases(make, condition):
+    model = awake(make())
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.0, 7.0])
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(x, t, condition), model(x, t, condition))
+    assert torch.allclose(compiled(x, t, condition, align=True)[1], model(x, t, condition, align=True)[1])
+
+
+@pytest.mark.parametrize("make, condition", [(tiny_dit, torch.tensor([0, 4])), (tiny_mmdit, torch.ones(2, 5, 12))])
+def test_the_trigger_measures_the_other_backbones_feature_block(make, condition):
+    model = awake(make())
+    x0, eps = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    target = haste.Teacher(tiny_vit(), range(len(model.attention_blocks)), 4)(torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8))
+    cosine = haste.gradient_cosine(model, 0.5, [(1.0, x0, eps, condition, target)], 0.5, 0.5)
+    diff, repa, atta = haste.losses(model, x0, eps, torch.full((2,), 0.5), condition, target)
+    block = [p for n, p in model.named_parameters() if n.split(".")[:2] in (["blocks", str(model.feature_block - 1)], ["joint_blocks", str(model.feature_block - 1)])]
+    a, b = (torch.cat([g.flatten() for g in torch.autograd.grad(x, block, retain_graph=True, materialize_grads=True)]) for x in (repa + atta, diff))
+    assert cosine == pytest.approx(F.cosine_similarity(a, b, dim=0).item(), abs=1e-5)
+
+
+# ---- 12. Mistakes get one sentence and exit code 2 -----------------------------------------------------------
 
 @pytest.mark.parametrize("wrong, sentence", [
     (dict(data_dir="/nowhere"), "--prepare"), (dict(model="SiT-H/2"), "unknown model 'SiT-H/2'"),
@@ -1140,7 +1518,7 @@ def test_the_checkpoint_of_another_model_is_refused_and_kept(world, tmp_path, ca
     assert "cannot be read" in complaint(capsys, ["--sample", path])
 
 
-# ---- 12. evaluate.py: the numbers of ADM's evaluator -------------------------------------------------------
+# ---- 13. evaluate.py: the numbers of ADM's evaluator -------------------------------------------------------
 
 import evaluate     # noqa: E402: here, with all that needs it
 
