@@ -379,17 +379,41 @@ class Generated:
         default = haste.VAE_DECODER if encoder == haste.VAE_ENCODER else encoder
         self.vae_name = (args.vae or default) if self.vae else "none: pixels"
         self.model.to(device)
-        self.scale, classes = made.get("scale", haste.VAE_SCALE), self.model.y_embedder.num_classes
+        self.scale, self.captions = made.get("scale", haste.VAE_SCALE), None
         try:
             side = self.decode(torch.zeros_like(haste.seeded_noise(self.model, 1, 0, device))).shape[-1]
         except RuntimeError as e:
             raise BadInput(f"{self.vae_name} cannot decode what {args.ckpt} draws ({brief(e)})") from e
         self.shape, rng = (args.num_samples, side, side, 3), np.random.default_rng(args.seed)
+        if isinstance(self.model, haste.MMDiT):
+            self.captions = self.open_captions()
+            self.labels = np.resize(rng.permutation(len(self.captions)), args.num_samples)      # of images
+            return
+        if args.captions_from:
+            raise BadInput(f"{args.ckpt} draws labels, not captions: leave --captions-from out")
+        classes = self.model.y_embedder.num_classes
         if args.balanced:       # but in random order: sorted by class, they would spoil the splits of IS
             labels = rng.permutation(np.arange(args.num_samples) % classes)
         else:
             labels = rng.integers(classes, size=args.num_samples)
         self.labels = torch.from_numpy(labels).to(device)
+
+    def open_captions(self):
+        """The dataset whose images' first captions an MM-DiT draws. Raises BadInput."""
+        if not self.args.captions_from or self.args.balanced:
+            raise BadInput(f"{self.args.ckpt} draws captions: say --captions-from DIR, and not --balanced")
+        data, null = haste.Data(self.args.captions_from), self.model.null_context
+        if not data.captions:
+            raise BadInput(f"--captions-from {self.args.captions_from}: its images have labels, not captions")
+        if null is not None and null.shape != data.captions.empty.shape:
+            raise BadInput(f"--captions-from {self.args.captions_from}: its captions are encoded otherwise "
+                           f"than those that {self.args.ckpt} learned from")
+        return data
+
+    def conditions(self, rows):
+        """The labels of these samples, (B,), or their captions, encoded, (B, T, 768)."""
+        chosen = self.labels[rows.start:rows.stop]
+        return self.captions[chosen, False]["labels"].to(self.device) if self.captions else chosen
 
     def decode(self, x):
         return haste.to_images(x, self.vae, self.scale)
@@ -398,7 +422,7 @@ class Generated:
         return self.args.num_samples
 
     def __getitem__(self, rows):
-        args, labels = self.args, self.labels[rows.start:rows.stop]
+        args, labels = self.args, self.conditions(rows)
         keys = np.random.SeedSequence((args.seed, rows.start)).generate_state(2, np.uint64) >> np.uint64(1)
         noise = haste.seeded_noise(self.model, len(rows), int(keys[0]), self.device)
         torch.manual_seed(int(keys[1]))      # of the SDE: the same key would bring the same numbers again
@@ -583,6 +607,8 @@ def describe(args, samples, own):
             "guidance": args.cfg_scale, "interval": [args.guidance_low, args.guidance_high],
             "VAE": samples.vae_name, "labels": "balanced" if args.balanced else "uniform at random",
             "seed": args.seed, "batch size": args.batch_size, "precision": args.precision}
+        if samples.captions:
+            protocol["labels"] = f"captions, the first of each image of {args.captions_from}, shuffled"
         if samples.model.guided:
             protocol["guided channels"] = samples.model.guided
     return protocol
@@ -624,6 +650,8 @@ class Outputs:
         if args.ckpt:
             facts = [protocol, bool(left_out), world, device.type, args.save_npz,
                      *(stamp(path) for path in (args.ckpt, args.vae or "", args.inception or ""))]
+            if args.captions_from:
+                facts.append(stamp(Path(args.captions_from) / "dataset.json"))
             key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
             folder, step = Path(args.ckpt).absolute().parent, Path(args.ckpt).stem
             run = folder.parent if folder.name == "checkpoints" else folder
@@ -751,18 +779,22 @@ def fit_judge(images, labels):
 
 
 @torch.no_grad()
-def judge_letters(home, checkpoints, tau, mode):
+def judge_letters(home, checkpoints, tau, mode, render):
     """Prints how many letters the judge reads right, real and each checkpoint's, and draws home/demo.png."""
     with torch.enable_grad():
-        right = fit_judge(*haste.render_glyphs(4000, seed=1)[:2])
-    classes, (real, of, _) = len(haste.LETTERS), haste.render_glyphs(500, seed=2)
+        right = fit_judge(*render(4000, seed=1)[:2])
+    classes, (real, of, _, *captions) = len(haste.LETTERS), render(500, seed=2)
     two_each = torch.stack([torch.nonzero(of == c)[:2, 0] for c in range(classes)]).T.flatten()
     rows = [(f"real letters: the judge reads {right(real, of):.0%} right", real[two_each])]
     for path in checkpoints:
-        model, wanted = haste.load_model(path, None)[0], torch.arange(100) % classes
-        noise = haste.seeded_noise(model, 100, 0, "cpu")
+        (model, made), wanted = haste.load_model(path, None), torch.arange(100) % classes
+        labels = wanted
+        if captions:
+            wanted = of[:100]
+            labels = haste.load_text_encoder(made["text_encoder"], "cpu")(captions[0][:100])
+        noise = haste.seeded_noise(model, len(wanted), 0, "cpu")
         torch.manual_seed(0)
-        drawn = haste.to_images(haste.sample(model, noise, wanted, steps=50, cfg_scale=2.0, mode=mode))
+        drawn = haste.to_images(haste.sample(model, noise, labels, steps=50, cfg_scale=2.0, mode=mode))
         phase, score = "II" if isinstance(tau, int) and int(path.stem) > tau else "I", right(drawn, wanted)
         rows.append((f"step {int(path.stem)}, phase {phase}: the judge reads {score:.0%} right", drawn[:20]))
     picture = Image.new("RGB", (1052, 84 * len(rows) + 8), "white")
@@ -855,6 +887,8 @@ class Bench:
         g = torch.Generator(device).manual_seed(0)
         x0, eps = torch.randn(2, self.B, 4, S, S, device=device, generator=g)
         t, labels = torch.rand(self.B, device=device, generator=g), torch.arange(self.B, device=device) % 1000
+        if kind is haste.MMDiT:
+            labels = torch.randn(self.B, 77, haste.TEXT_WIDTH, device=device, generator=g)
         self.given = x0, eps, t, labels
         shape = self.B, 3, self.R, self.R
         self.images = torch.randint(256, shape, device=device, generator=g, dtype=torch.uint8)
@@ -872,7 +906,7 @@ class Bench:
     def evaluate(self, n, times):
         x, _, t, labels = self.first(n)
         with self.ours.autocast():
-            self.ours.ema(x.repeat(times, 1, 1, 1), t.repeat(times), labels.repeat(times))
+            self.ours.ema(x.repeat(times, 1, 1, 1), t.repeat(times), torch.cat(times * [labels]))
 
     def synchronize(self):
         if self.cuda:
@@ -949,7 +983,7 @@ def bench(args):
 # ---- 8. The command line -----------------------------------------------------------------------------------
 
 DRAWING = {"num_samples", "mode", "num_steps", "cfg_scale", "guidance_low", "guidance_high", "balanced",
-           "seed", "precision", "model", "vae", "save_npz", "save_every"}
+           "seed", "precision", "model", "vae", "save_npz", "save_every", "captions_from"}
 MEASURING = {"ref", "json", "no_prec_recall"}
 FOREIGN = {"ckpt": {"out"}, "samples": DRAWING | {"out"}, "make_ref": DRAWING | MEASURING}
 
@@ -986,6 +1020,7 @@ def parse(argv):
     flag("--cfg-scale", type=weight, default=1.0, help="1: no guidance [%(default)s]")
     flag("--guidance-low", type=share, default=0.0, help="guide where t is in [low, high] [%(default)s]")
     flag("--guidance-high", type=share, default=1.0, help="[%(default)s]")
+    flag("--captions-from", metavar="DIR", help="the captioned dataset that an MM-DiT draws")
     flag("--balanced", action="store_true", help="as many of each class, where labels are drawn at random")
     flag("--seed", type=number(int, 0), default=0, help="[%(default)s]")
     flag("--precision", choices=("bf16", "fp16", "fp32"), help="of the model [bf16 on CUDA, fp32 elsewhere]")

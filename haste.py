@@ -32,6 +32,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import shlex
 import signal
 import socket
 import sys
@@ -597,10 +599,12 @@ class Data(Dataset):
 
     data[indices, want_images] is {"labels" (B,), "moments" (B, 2C, S, S): the VAE's mean and std, "images"
     (B, 3, R, R) uint8}; images only where wanted, or where they are what is learned (vae is None).
-    Raises BadInput for a folder that holds no dataset, or half of one."""
+    With captions (section 11), "labels" are their encodings. Raises BadInput for a folder that holds no
+    dataset, or half of one."""
 
     def __init__(self, folder):
-        self.folder = folder = Path(folder)
+        self.folder, self.captions = Path(folder), None
+        folder = self.folder
         if (folder / "dataset.json").is_file() and (folder / "labels.npy").is_file():
             facts = read_json(folder / "dataset.json", "resolution", "classes", "vae", "scale")
             labels = load_array(folder / "labels.npy", "i", None)
@@ -610,6 +614,12 @@ class Data(Dataset):
             self.images = load_array(folder / "images.npy", "u", len(labels), 3, side, side)
             self.moments = load_array(folder / "moments.npy", "f", len(labels), None, None, None) \
                 if facts["vae"] else None
+            if "text_encoder" in facts:
+                self.captions = prepared_captions(folder, facts)
+        elif (folder / "0.npy").is_file():      # U-ViT's
+            self.images, self.moments, self.captions = open_uvit(folder)
+            self.slots = np.arange(len(self.moments))
+            labels, facts = 0 * self.slots, {"vae": VAE_ENCODER, "scale": VAE_SCALE, "classes": [""]}
         elif (folder / "vae-sd").is_dir():      # REPA's: an image file and an array file each
             self.images = Files(folder / "images", ENDINGS, lambda p: to_array(Image.open(p)))
             self.moments = Files(folder / "vae-sd", [".npy"],
@@ -639,8 +649,8 @@ class Data(Dataset):
         if not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
             raise BadInput(f"{folder} has labels from {self.labels.min()} to {self.labels.max()}, where its "
                            f"{len(self.classes)} classes are counted from 0")
-        self.resolution = self.images[self.slots[0]].shape[-1]
         channels, *size = (self.moments if self.vae else self.images)[self.slots[0]].shape
+        self.resolution = self.images[self.slots[0]].shape[-1] if self.images is not None else 8 * size[0]
         self.shape = (channels // 2 if self.vae else channels, *size)       # of a clean sample x0
 
     def __reduce__(self):       # a spawned loader opens the files itself: pickle would send their content
@@ -650,8 +660,10 @@ class Data(Dataset):
         return len(self.slots)
 
     def __getitem__(self, request):
-        indices, want_images = request
-        batch, slots = {"labels": torch.from_numpy(self.labels[indices])}, self.slots[indices]
+        indices, want_images, *picks = request
+        slots = self.slots[indices]
+        labels = self.captions.encoded(slots, *picks) if self.captions else self.labels[indices]
+        batch = {"labels": torch.from_numpy(labels)}
         if self.vae:
             batch["moments"] = torch.from_numpy(np.stack([self.moments[i] for i in slots]))
         if want_images or not self.vae:
@@ -729,31 +741,35 @@ class Crops(Dataset):
             return i, brief(e)
 
 
-def list_images(source):
-    """The image files below source/CLASS, as sorted paths, following links but never in a circle."""
+def list_images(source, classes=True):
+    """The image files below source/CLASS, or anywhere below source, as sorted paths, following links but
+    never in a circle."""
     names, seen = [], set()
     for folder, folders, files in os.walk(source, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:
             folders.clear()
-        elif folder != source:
-            inside = os.path.relpath(folder, source)
-            names += [os.path.join(inside, f) for f in files if f.lower().endswith(ENDINGS)]
+        elif folder != source or not classes:
+            paths = (os.path.join(folder, f) for f in files if f.lower().endswith(ENDINGS))
+            names += [os.path.relpath(path, source) for path in paths]
         seen.add(real)
     if not names:
-        raise BadInput(f"--prepare {source}: it has no images ({', '.join(ENDINGS)}) in class folders")
+        where = "in class folders" if classes else "at all"
+        raise BadInput(f"--prepare {source}: it has no images ({', '.join(ENDINGS)}) {where}")
     return sorted(names)
 
 
 @torch.no_grad()
 def prepare(args):
     """--prepare: class folders become images.npy (n, 3, R, R) uint8, moments.npy (n, 2C, S, S) fp32, and
-    labels.npy, where an entry, written last, says that an image is done: the same command goes on."""
+    labels.npy, where an entry, written last, says that an image is done: the same command goes on. Of images
+    with captions, contexts.npy is what the text encoder says of these."""
     rank, world, device = setup(args)
     source, out, size = args.prepare, Path(args.data_dir), args.resolution or 256
     if not os.path.isdir(source):
         raise BadInput(f"--prepare {source}: there is no such folder")
-    names = list_images(source)
-    class_of = [name.split(os.sep)[0] for name in names]
+    texts = find_captions(source, args.captions)        # {name: captions}, or None
+    names = list(texts) if texts else list_images(source)
+    class_of = ["" if texts else name.split(os.sep)[0] for name in names]
     classes = sorted(set(class_of))
     vae = load_vae(args.vae or VAE_ENCODER, device) if args.vae != "none" else None
 
@@ -762,22 +778,32 @@ def prepare(args):
         return torch.cat([latent.mean, latent.std], dim=1).cpu().numpy()
 
     # --- the arrays, with all the disk space that they will need; dataset.json comes last, and stands for all
-    shapes = {"labels": (np.int64,), "images": (np.uint8, 3, size, size)}
+    n = len(names)
+    shapes = {"labels": (np.int64, n), "images": (np.uint8, n, 3, size, size)}
     if vae:
-        shapes["moments"] = (np.float32, *encode(np.zeros((1, 3, size, size), np.uint8)).shape[1:])
+        shapes["moments"] = (np.float32, n, *encode(np.zeros((1, 3, size, size), np.uint8)).shape[1:])
     facts = {"resolution": size, "classes": classes, "vae": (args.vae or VAE_ENCODER) if vae else None,
              "scale": vae.config.scaling_factor if vae else 1.0}
+    if texts:
+        encoder = load_text_encoder(args.text_encoder or CLIP, device)
+        empty = encoder([""])[0].half().cpu().numpy()
+        first = np.cumsum([0, *map(len, texts.values())])       # image i's contexts: first[i] to first[i + 1]
+        shapes |= {"contexts": (np.float16, first[-1], *empty.shape),
+                   "empty_context": (np.float16, *empty.shape)}
+        facts |= {"text_encoder": args.text_encoder or CLIP, "captions": list(texts.values())}
     if rank == 0 and not (out / "dataset.json").is_file():
         out.mkdir(parents=True, exist_ok=True)
         if other := {f.name for f in out.iterdir()} - {"files.json", *(f"{name}.npy" for name in shapes)}:
             raise BadInput(f"--data-dir {out} holds other things ({min(other)}): name a new folder")
         for name, (dtype, *shape) in shapes.items():
-            array = np.lib.format.open_memmap(out / f"{name}.npy", "w+", dtype, (len(names), *shape))
+            array = np.lib.format.open_memmap(out / f"{name}.npy", "w+", dtype, tuple(map(int, shape)))
             if hasattr(os, "posix_fallocate"):      # not on macOS and Windows
                 with open(out / f"{name}.npy", "r+b") as f:
                     os.posix_fallocate(f.fileno(), 0, array.offset + array.nbytes)
             if name == "labels":
                 array[:] = TODO
+            elif name == "empty_context":
+                array[:] = empty
         write_json(out / "files.json", names)
         write_json(out / "dataset.json", facts)
     barrier()
@@ -795,6 +821,9 @@ def prepare(args):
             good = [i for i, error in results if error is None]
             if vae and good:
                 arrays["moments"][good] = encode(arrays["images"][good])
+            for i in good if texts else ():
+                context = encoder(texts[names[i]]).half()
+                arrays["contexts"][first[i]:first[i + 1]] = context.cpu().numpy()
             for i, error in results:
                 arrays["labels"][i] = SKIPPED if error else classes.index(class_of[i])
                 if error:
@@ -803,9 +832,12 @@ def prepare(args):
     barrier()
     if rank == 0:
         bad = np.flatnonzero(arrays["labels"] == SKIPPED)
-        print(f"{out}: {len(names) - len(bad):,} images of {len(classes)} classes at {size} x {size}")
+        of = f"with {first[-1]:,} captions" if texts else f"of {len(classes)} classes"
+        print(f"{out}: {len(names) - len(bad):,} images {of} at {size} x {size}")
         if len(bad):
             print(f"{len(bad):,} could not be read: {', '.join(repr(names[i]) for i in bad)}")
+        if texts:
+            encoder.tell_truncated([text for each in texts.values() for text in each])
 
 
 # ---- 7. Processes, files, models on disk -------------------------------------------------------------------
@@ -1046,6 +1078,8 @@ def load_model(path, name):
         if kind is DiT:     # what DiT's authors published was never aligned, and has no projector
             state = {k: x for k, x in model.state_dict().items() if k.startswith("projectors.")} | state
         model.load_state_dict(state)
+        if kind is MMDiT:
+            model.null_context = saved.get("null_context")
     except (KeyError, RuntimeError, ValueError, AttributeError) as e:
         raise BadInput(f"{path} holds no weights of a {name}: name the right --model ({brief(e)})") from e
     return model.eval(), args
@@ -1087,7 +1121,7 @@ def to_images(x0, vae=None, scale=1.0):
 
 def settle(args, data, world):
     """Fills in what the model's row and the dataset decide. Raises BadInput for flags that do not fit."""
-    _, patch, (_, _, _, student, teacher, feature, _, tau) = look_up(args.model)
+    kind, patch, (_, _, _, student, teacher, feature, _, tau) = look_up(args.model)
     args.attention_blocks = args.attention_blocks or student
     args.teacher_blocks = args.teacher_blocks or teacher
     args.encoder_depth = args.encoder_depth or feature
@@ -1111,6 +1145,14 @@ def settle(args, data, world):
             len(args.attention_blocks) != len(args.teacher_blocks),
         "with both weights 0 there is nothing to align: say --tau 0":
             not args.lambda_r and not args.lambda_a and args.tau,
+        f"{args.model} learns from captions, and {args.data_dir} has labels: choose another model, or "
+        f"--prepare images with captions":
+            kind is MMDiT and not data.captions,
+        f"{args.data_dir} has captions, not the labels that {args.model} learns from: say --model MMDiT":
+            data.captions and kind is not MMDiT,
+        f"phase I shows images to the teacher, and {args.data_dir} has none: put them there as images/0.png "
+        f"and so on, or say --tau 0":
+            data.images is None and args.tau,
     }
     for mistake, made in mistakes.items():
         if made:
@@ -1149,7 +1191,7 @@ class Learner:
             raise BadInput(
                 f"{path} belongs to another model ({saved['args'].get('model')}) than this "
                 f"{self.args.model}: choose another --exp-name, or its own flags ({brief(e)})") from e
-        for name in ("vae", "scale", "resolution"):
+        for name in ("vae", "scale", "resolution", "text_encoder"):
             if (before := saved["args"].get(name, config[name])) != config[name]:
                 raise BadInput(
                     f"{path} learned from data of {name} {before}, where {self.args.data_dir} has {name} "
@@ -1306,12 +1348,16 @@ def train_in(run, args, caught, stack):
             teacher = load_teacher(args.teacher, args.grid, blocks, args.teacher_repo).to(device)
         teacher_dim = teacher.dim
     torch.manual_seed(args.seed)
+    condition = {} if data.captions else {"num_classes": args.num_classes}
     model = build_model(
-        args.model, input_size=data.shape[1], in_channels=data.shape[0], num_classes=args.num_classes,
-        class_dropout_prob=args.cfg_prob, attention_blocks=args.attention_blocks,
-        feature_block=args.encoder_depth, teacher_dim=teacher_dim).to(device)
+        args.model, input_size=data.shape[1], in_channels=data.shape[0], class_dropout_prob=args.cfg_prob,
+        attention_blocks=args.attention_blocks, feature_block=args.encoder_depth, teacher_dim=teacher_dim,
+        **condition).to(device)
+    if data.captions:
+        model.null_context = data.captions.empty.to(device)
     learner = Learner(model, args, device)
     config = vars(args) | {"vae": data.vae, "scale": data.scale}
+    config |= {"text_encoder": data.captions.encoder} if data.captions else {}
     if saved:
         learner.resume(saved, newest, config)
 
@@ -1321,7 +1367,7 @@ def train_in(run, args, caught, stack):
     if rank == 0:
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{args.model}, {millions:.1f}M parameters, {args.precision} on {world} x {device.type}; "
-              f"{len(data):,} images of {args.num_classes} classes; tau {args.tau}; "
+              f"{len(data):,} images {data.captions or f'of {args.num_classes} classes'}; tau {args.tau}; "
               f"{f'resuming {newest}' if saved else f'starting {run}'}")
         if changed := [k for k, x in (saved["args"].items() if saved else ()) if config.get(k) != x]:
             print(f"warning: not as when that checkpoint was made: {', '.join(changed)}")
@@ -1334,6 +1380,7 @@ def train_in(run, args, caught, stack):
 
     def save():
         state = {"args": config, "steps": step, "tau": None if tau == math.inf else tau}
+        state |= {"null_context": model.null_context} if data.captions else {}
         write_checkpoint(run / "checkpoints" / f"{step:07d}.pt", learner.state_dict() | state)
         for path in sorted((run / "checkpoints").glob("[0-9]*.pt"))[:-args.keep] if args.keep else ():
             if int(path.stem) not in MILESTONES | {tau}:
@@ -1349,6 +1396,7 @@ def train_in(run, args, caught, stack):
         bar.set_description("phase I" if phase_one else "phase II")
         steps = range(step, min(tau, last) if phase_one else last)
         order = requests(len(data), args, rows, steps, want_images=phase_one)
+        order = with_picks(order, args, rows, steps) if data.captions else order
         loader = DataLoader(data, batch_size=None, sampler=order, num_workers=args.num_workers,
                             pin_memory=device.type == "cuda", worker_init_fn=ignore_stop_signals)
         for batch in ahead(loader, device):
@@ -1398,7 +1446,7 @@ def train_in(run, args, caught, stack):
                 return AGAIN
             if pictures and (step % args.sampling_steps == 0 or step == last):
                 with learner.autocast():
-                    images = sample_grid(learner.ema, vae, data.scale, args, device)
+                    images = sample_grid(learner.ema, vae, data, args, device)
                 write_grid(run / "samples" / f"{step:07d}.png", images, columns=8)
             began += time.perf_counter() - paused       # not counted in images a second
     barrier()
@@ -1430,25 +1478,37 @@ def seeded_noise(model, n, seed, device):
     return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
-def sample_grid(ema, vae, scale, args, device, n=32):
-    """Training's grid (n, 3, R, R): labels over the whole range, 50 steps, an ODE if it may be, the same
-    noise."""
-    labels = torch.linspace(0, args.num_classes - 1, n, device=device).round().long()
+def sample_grid(ema, vae, data, args, device, n=32):
+    """Training's grid (n, 3, R, R): labels, or captions, from the whole range, 50 steps, an ODE if it may be,
+    the same noise."""
+    if data.captions:
+        labels = data[torch.linspace(0, len(data) - 1, n).round().long().numpy(), False]["labels"].to(device)
+    else:
+        labels = torch.linspace(0, args.num_classes - 1, n, device=device).round().long()
     cfg_scale = args.cfg_scale if args.cfg_prob else 1.0
     noise, mode = seeded_noise(ema, n, args.seed, device), diffusion_of(ema).grid_mode
     torch.manual_seed(args.seed + 1)
-    return to_images(sample(ema, noise, labels, steps=50, cfg_scale=cfg_scale, mode=mode), vae, scale)
+    return to_images(sample(ema, noise, labels, steps=50, cfg_scale=cfg_scale, mode=mode), vae, data.scale)
+
+
+LABELS = 207, 360, 387, 974, 88, 979, 417       # of ImageNet: what --sample draws unless told
 
 
 def sample_from(args):
-    """--sample: a grid of the labels asked for, from a checkpoint's EMA, as a PNG."""
+    """--sample: a grid of the labels, or captions, asked for, from a checkpoint's EMA, as a PNG."""
     _, _, device = setup(args)
     model, made = load_model(args.sample, args.model)
-    if bad := [y for y in args.labels if not 0 <= y < model.y_embedder.num_classes]:
-        raise BadInput(f"--labels {bad[0]}: its classes are 0 to {model.y_embedder.num_classes - 1}")
+    if isinstance(model, MMDiT):
+        labels = encode_captions(model, made, args, device)
+    elif args.captions or args.text_encoder:
+        raise BadInput(f"{args.sample} draws labels, not captions: say --labels 207 360, and no more")
+    else:
+        classes, labels = model.y_embedder.num_classes, torch.tensor(args.labels or LABELS, device=device)
+        if bad := [y for y in labels.tolist() if not 0 <= y < classes]:
+            raise BadInput(f"--labels {bad[0]}: its classes are 0 to {classes - 1}")
     vae = load_decoder(made.get("vae", VAE_ENCODER), args, device)
-    noise = seeded_noise(model.to(device), len(args.labels), args.seed, device)
-    labels, guidance = torch.tensor(args.labels, device=device), (args.guidance_low, args.guidance_high)
+    noise = seeded_noise(model.to(device), len(labels), args.seed, device)
+    guidance = args.guidance_low, args.guidance_high
     torch.manual_seed(args.seed + 1)    # the SDE draws from torch's own stream, and not that noise again
     with autocast(args.precision or ("bf16" if device.type == "cuda" else "fp32"), device)():
         x = sample(model, noise, labels, args.num_steps, args.cfg_scale, guidance, args.mode, progress=True)
@@ -1460,6 +1520,8 @@ def sample_from(args):
 # ---- 10. The demo: letters that Pillow draws, a teacher trained on them, and the commands above ------------
 
 LETTERS, GLYPH, PATCH = "ABCEHKRSTX", 24, 4
+DEMO_STEPS = {"SiT": "--tau 350 --max-train-steps 700", "DiT": "--tau 700 --max-train-steps 1400",
+              "MMDiT": "--tau 700 --max-train-steps 1400"}
 
 
 def render_glyphs(n, seed):
@@ -1478,11 +1540,13 @@ def render_glyphs(n, seed):
     return torch.from_numpy(np.stack(images)), torch.from_numpy(labels), torch.from_numpy(np.stack(masks))
 
 
-def write_images(folder, images, labels):
+def write_images(folder, images, labels, captions=()):
     for i, (image, label) in enumerate(zip(images, labels)):
         path = folder / LETTERS[label] / f"{i:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+        if captions:
+            path.with_suffix(".txt").write_text(captions[i])
 
 
 def fit(net, loss_of, inputs, steps, title):
@@ -1521,38 +1585,43 @@ def fit_teacher(path, images, labels, masks):
 def demo(args, given):
     """--demo: draws letters, fits a teacher, then runs ordinary commands; other flags go to the training."""
     kind, _, _ = args.model.partition("-")
-    name, mode = ("demo", "sde") if kind == "SiT" else (f"demo-{kind}", "ddpm")
-    home = Path(args.output_dir) / name
+    name, mode = "demo" if kind == "SiT" else f"demo-{kind}", "ddpm" if kind == "DiT" else "sde"
+    home, render = Path(args.output_dir) / name, captioned_glyphs if kind == "MMDiT" else render_glyphs
     given = [a for i, a in enumerate(given) if "--model" not in (a.split("=")[0], *given[max(0, i - 1):i])]
-    images, labels, masks = render_glyphs(4000, seed=0)
-    write_images(home / "glyphs", images, labels)
+    images, labels, masks, *captions = render(4000, seed=0)
+    write_images(home / "glyphs", images, labels, *captions)
     if not (home / "teacher.pt").is_file():
         fit_teacher(home / "teacher.pt", images, labels, masks)
 
     def command(line, *more):
-        print("\n$ python haste.py", line, *more)
+        print("\n$ python haste.py", shlex.join([*line.split(), *more]))
         return parse([*line.split(), *more])
 
-    prepare(command(f"--prepare {home}/glyphs --data-dir {home}/data --resolution {GLYPH} --vae none"))
+    plain = f"--resolution {GLYPH} --vae none" + " --text-encoder words" * bool(captions)
+    prepare(command(f"--prepare {home}/glyphs --data-dir {home}/data {plain}"))
     args = command(f"--model {args.model} --data-dir {home}/data --teacher {home}/teacher.pt "
                    f"--output-dir {args.output_dir} --exp-name {name} --batch-size 64 --learning-rate 2e-3 "
-                   f"--ema-decay 0.99 --tau 350 --max-train-steps 700 --checkpointing-steps 350 "
+                   f"--ema-decay 0.99 {DEMO_STEPS[kind]} --checkpointing-steps 350 "
                    f"--sampling-steps 350 --cfg-scale 2 --log-every 50 --num-workers 0", *given)
     if train(args) == AGAIN:
         return AGAIN
     saved = sorted((home / "checkpoints").glob("[0-9]*.pt"))
-    sample_from(command(f"--sample {saved[-1]} --labels {' '.join(str(i % 10) for i in range(40))} "
-                        f"--mode {mode} --num-steps 50 --cfg-scale 2 --out {home}/letters.png"))
+    what = ["--captions", *captions[0][:40]] if captions else ["--labels", *(str(i % 10) for i in range(40))]
+    sample_from(command(f"--sample {saved[-1]} --mode {mode} --num-steps 50 --cfg-scale 2 "
+                        f"--out {home}/letters.png", *what))
 
     # --- held-back letters against samples: as features see them, and as a network sees them that had no part
     import evaluate
-    real, of, _ = render_glyphs(100, seed=2)
-    write_images(home / "real", real, of)
+    real, of, _, *captions = render(100, seed=2)
+    write_images(home / "real", real, of, *captions)
     line = (f"--ckpt {saved[-1]} --ref {home}/real --inception random --num-samples 100 --num-steps 50 "
             f"--mode {mode} --cfg-scale 2 --json {home}/metrics.json")
+    if captions:
+        prepare(command(f"--prepare {home}/real --data-dir {home}/real-data {plain}"))
+        line += f" --captions-from {home}/real-data"
     print("\n$ python evaluate.py", line)
     evaluate.main(line.split())
-    evaluate.judge_letters(home, saved, args.tau, mode)
+    evaluate.judge_letters(home, saved, args.tau, mode, render)
 
 
 def bench(args):
@@ -1695,7 +1764,7 @@ class MMDiT(Backbone):
     """The text-to-image MM-DiT with REPA's projector, its parameters named as the released HASTE does.
 
     Its condition is a text, (B, T, context_dim) as CLIP gives it; time alone modulates. `null_context`
-    (T, context_dim), the encoding of "", comes with the data and is in no checkpoint."""
+    (T, context_dim), the encoding of "", comes with the data and is no weight of the model's."""
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=768, depth=24, num_heads=24,
                  context_dim=768, class_dropout_prob=0.1, attention_blocks=(4, 5, 6, 7), feature_block=8,
@@ -1724,6 +1793,11 @@ class MMDiT(Backbone):
                            "has nothing to guide away from")
         return self.null_context
 
+    @staticmethod
+    def sizes_in(state, args):
+        return {"context_dim": state["context_embedder.weight"].shape[1],
+                "class_dropout_prob": args.get("cfg_prob", 0.1)}
+
     def drop(self, context, u):
         """Puts the null text where u (B,), uniform in [0, 1), lies below the dropout probability."""
         if not self.dropout_prob:
@@ -1736,7 +1810,212 @@ class MMDiT(Backbone):
 
 
 MODELS["MMDiT"] = (24, 768, 24, (4, 5, 6, 7), (8, 9, 10, 11), 8, 2048, 200_000)
+NAMES += ["MMDiT", "MMDiT-XS/4"]        # the paper's, and the demo's
 KINDS = {"SiT": SiT, "DiT": DiT, "MMDiT": MMDiT}
+
+CLIP, TEXT_WIDTH = "openai/clip-vit-large-patch14", 768
+
+
+class CLIPText:
+    """transformers' CLIP text model, frozen: texts -> their last hidden states (n, 77, 768).
+
+    Raises BadInput where transformers or the weights are missing, or the width is not MM-DiT's."""
+
+    def __init__(self, name, device):
+        try:
+            from transformers import CLIPTextModel, CLIPTokenizer
+            self.tokenizer = CLIPTokenizer.from_pretrained(name)
+            model, told = CLIPTextModel.from_pretrained(name, output_loading_info=True)
+        except ImportError as e:
+            raise BadInput(f"captions need transformers: pip install transformers ({brief(e)})") from e
+        except Exception as e:      # a folder of other things can make transformers raise anything
+            raise BadInput(f"the text encoder {name} could not be loaded; --text-encoder takes a folder, too "
+                           f"({brief(e)})") from e
+        if told["missing_keys"]:
+            raise BadInput(f"the text encoder {name} holds no weights of a CLIP text model: it lacks "
+                           f"{min(told['missing_keys'])}")
+        if (width := model.config.hidden_size) != TEXT_WIDTH:
+            raise BadInput(f"the text encoder {name} gives {width} numbers a token, where MM-DiT takes "
+                           f"{TEXT_WIDTH}: choose another, such as {CLIP}")
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.length = model.config.max_position_embeddings
+
+    @torch.no_grad()
+    def __call__(self, texts):
+        ids = self.tokenizer(texts, padding="max_length", max_length=self.length, truncation=True,
+                             return_tensors="pt").input_ids
+        return self.model(ids.to(self.model.device)).last_hidden_state
+
+    def tell_truncated(self, texts):
+        count = sum(len(ids) > self.length for ids in self.tokenizer(texts, verbose=False).input_ids)
+        if count:
+            print(f"{count:,} of {len(texts):,} captions are longer than {self.length} tokens: truncated")
+
+
+class Words:
+    """The demo's stand-in for CLIP: texts -> (n, 12, 768), each word and each place a random vector of its
+    own seed, added up."""
+    length = 12
+
+    @staticmethod
+    @functools.lru_cache(maxsize=None)
+    def vector(key):
+        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big")
+        return torch.randn(TEXT_WIDTH, generator=torch.Generator().manual_seed(seed))
+
+    def __call__(self, texts):
+        out = torch.zeros(len(texts), self.length, TEXT_WIDTH)
+        for i, text in enumerate(texts):
+            for place, word in enumerate(text.split()[:self.length]):
+                out[i, place] = self.vector(word) + self.vector(f"place {place}")
+        return out
+
+    def tell_truncated(self, texts):
+        if count := sum(len(text.split()) > self.length for text in texts):
+            print(f"{count:,} of {len(texts):,} captions are longer than {self.length} words: truncated")
+
+
+def load_text_encoder(name, device):
+    return Words() if name == "words" else CLIPText(name, device)
+
+
+def find_captions(source, given):
+    """{image: its captions, at least one} of --prepare's folder: by COCO's JSON where that is given, else by
+    a text file beside each image, a caption a line; None where there is no such file. Raises BadInput."""
+    names, of = list_images(source, classes=False), {}
+    if given:
+        where = Path(given[0])
+        if len(given) > 1:
+            raise BadInput(f"--captions {' '.join(given)}: --prepare takes one file, COCO's JSON")
+        coco = read_json(where, "images", "annotations")
+        try:
+            file = {image["id"]: os.path.basename(image["file_name"]) for image in coco["images"]}
+            for annotation in coco["annotations"]:
+                of.setdefault(file[annotation["image_id"]], []).append(annotation["caption"])
+        except (KeyError, TypeError, AttributeError) as e:
+            raise BadInput(f"{where} has not the structure of COCO's captions ({brief(e)})") from e
+        of = {name: of.get(os.path.basename(name), []) for name in names}
+    else:
+        beside = {name: Path(source, name).with_suffix(".txt") for name in names}
+        if not any(path.is_file() for path in beside.values()):
+            return None
+        where = "a text file beside it"
+        try:
+            of = {name: path.read_text("utf-8").splitlines() if path.is_file() else []
+                  for name, path in beside.items()}
+        except (OSError, UnicodeDecodeError) as e:
+            raise BadInput(f"--prepare {source}: a caption cannot be read ({brief(e)})") from e
+    of = {name: [text.strip() for text in texts if text.strip()] for name, texts in of.items()}
+    if without := [name for name, texts in of.items() if not texts]:
+        raise BadInput(f"--prepare {source}: {len(without):,} of {len(names):,} images have no caption in "
+                       f"{where}, {without[0]} among them")
+    return of
+
+
+class Captions:
+    """What a text encoder said of the captions of a dataset's images.
+
+    counts: how many captions each image has; read(i, k): the k-th of image i, encoded, (T, 768); empty
+    (T, 768): the encoding of ""; encoder: its name."""
+
+    def __init__(self, counts, read, empty, encoder):
+        self.counts, self.read, self.empty, self.encoder = counts, read, torch.tensor(empty), encoder
+
+    def __str__(self):
+        return f"with {sum(self.counts):,} captions"
+
+    def encoded(self, slots, picks=None):
+        """(B, T, 768) of images: of each its first caption, or where picks (B,) in [0, 1) point."""
+        picks = np.zeros(len(slots)) if picks is None else picks
+        return np.stack([self.read(i, int(u * self.counts[i])) for i, u in zip(slots, picks)])
+
+
+def prepared_captions(folder, facts):
+    counts = [len(texts) for texts in facts["captions"]]
+    first = np.cumsum([0, *counts])
+    empty = load_array(folder / "empty_context.npy", "f", None, TEXT_WIDTH)
+    contexts = load_array(folder / "contexts.npy", "f", first[-1], len(empty), TEXT_WIDTH)
+    return Captions(counts, lambda i, k: contexts[first[i] + k], empty, facts["text_encoder"])
+
+
+def open_uvit(folder):
+    """U-ViT's features of COCO, i.npy: the VAE's mean and log variance, i_k.npy: caption k of image i, and
+    empty_context.npy, there or above -> images, from there or from images/, or None; moments; Captions.
+    Raises BadInput."""
+    def numbered(pattern, *folders):
+        found = (re.fullmatch(pattern, entry.name) and (int(entry.name.split(".")[0]), entry.path)
+                 for f in folders if f.is_dir() for entry in os.scandir(f))
+        return dict(filter(None, found))
+
+    def moments(path):
+        mean, log_variance = np.split(np.load(path), 2)
+        return np.concatenate([mean, np.exp(log_variance / 2)])
+
+    texts = [e.name for e in os.scandir(folder) if re.fullmatch(r"\d+_\d+\.npy", e.name)]
+    latents = numbered(r"\d+\.npy", folder)
+    pictures = numbered(rf"\d+({'|'.join(ENDINGS)})".replace(".", r"\."), folder, folder / "images")
+    n, counts = len(latents), np.bincount([int(name.split("_")[0]) for name in texts], minlength=len(latents))
+    if sorted(latents) != list(range(n)) or len(counts) != n or not counts.all():
+        raise BadInput(f"{folder}: its {n} latents must be 0.npy to {n - 1}.npy, each with captions, i_0.npy "
+                       f"and so on; look at number {int(np.argmin(counts[:n]))}")
+    if pictures and sorted(pictures) != list(range(n)):
+        raise BadInput(f"{folder} has {n} latents and {len(pictures)} images: they must be as many, or none")
+    above = [f / "empty_context.npy" for f in (folder, folder.parent)]
+    empty = load_array(above[not above[0].is_file()], "f", None, TEXT_WIDTH)
+    load_array(folder / "0_0.npy", "f", len(empty), TEXT_WIDTH)
+    captions = Captions(counts, lambda i, k: np.load(folder / f"{i}_{k}.npy"), empty, CLIP)
+    images = Numbered(pictures, lambda path: to_array(Image.open(path))) if pictures else None
+    return images, Numbered(latents, moments), captions
+
+
+class Numbered:
+    """numbered[i] reads file number i."""
+
+    def __init__(self, paths, read):
+        self.paths, self.read = paths, read
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return self.read(self.paths[int(i)])
+
+
+def with_picks(order, args, rows, steps):
+    """The requests of these steps, each with what decides which caption of an image is shown."""
+    for request, step in zip(order, steps):
+        yield *request, np.random.default_rng((args.seed, step, 2)).random(args.batch_size)[rows]
+
+
+def encode_captions(model, made, args, device):
+    """What --sample draws from an MM-DiT: --captions, encoded. Raises BadInput."""
+    if args.labels or not args.captions:
+        raise BadInput(f'{args.sample} draws captions, not labels: say --captions "a red bus" "a blue K"')
+    encoder = load_text_encoder(args.text_encoder or made.get("text_encoder", CLIP), device)
+    contexts, null = encoder(args.captions), model.null_context
+    if null is not None and null.shape != contexts.shape[1:]:
+        raise BadInput(f"the text encoder gives {tuple(contexts.shape[1:])} for a text, where {args.sample} "
+                       f"learned from {tuple(null.shape)}: leave --text-encoder out")
+    encoder.tell_truncated(args.captions)
+    return contexts
+
+
+# The demo's letters for MM-DiT
+
+COLOURS = {"red": (215, 40, 40), "green": (40, 160, 60), "blue": (45, 70, 215), "orange": (245, 145, 30),
+           "white": (240, 240, 240), "black": (20, 20, 20)}
+
+
+def captioned_glyphs(n, seed):
+    """render_glyphs' letters in two named colours: images, labels, masks, and a list of n captions."""
+    _, labels, masks = render_glyphs(n, seed)
+    n, rng = len(labels), np.random.default_rng((seed, 1))
+    pairs = [rng.choice(list(COLOURS), 2, replace=False) for _ in range(n)]
+    ink, paper = torch.tensor([[COLOURS[name] for name in pair] for pair in pairs])[..., None, None].unbind(1)
+    images = (masks[:, None] * ink + (1 - masks[:, None]) * paper).to(torch.uint8)
+    captions = [f"{'an' if ink == 'orange' else 'a'} {ink} {LETTERS[label]} on {paper}"
+                for (ink, paper), label in zip(pairs, labels)]
+    return images, labels, masks, captions
 
 
 # ---- 12. The command line ----------------------------------------------------------------------------------
@@ -1779,7 +2058,7 @@ def parse(argv):
     flag = group.add_argument
     flag("--demo", action="store_true", help="all of it, on letters, offline; other flags go to its training")
     flag("--prepare", metavar="SRC", help="turn a tree of class folders into a dataset at --data-dir")
-    flag("--sample", metavar="CKPT", help="draw --labels from a checkpoint's EMA")
+    flag("--sample", metavar="CKPT", help="draw --labels, or --captions, from a checkpoint's EMA")
     flag("--bench", action="store_true", help="time --model: plain SiT, phase I, phase II, and sampling")
 
     flag = parser.add_argument_group("data").add_argument
@@ -1787,11 +2066,15 @@ def parse(argv):
     flag("--resolution", type=count, help="of the images [--prepare: 256; training: the dataset's own]")
     flag("--vae", metavar="NAME_OR_PATH",
          help=f"AutoencoderKL of diffusers, or `none` for pixels [{VAE_ENCODER}; to draw, {VAE_DECODER}]")
+    flag("--captions", nargs="+", metavar="TEXT",
+         help="--sample: what to draw; --prepare: COCO's JSON, for want of a text file beside each image")
+    flag("--text-encoder", metavar="NAME_OR_PATH", help=f"CLIPTextModel of transformers, or `words`, the "
+         f"demo's stand-in [{CLIP}; --sample: the dataset's]")
     flag("--num-classes", type=count, help="[the dataset's own]")
     flag("--num-workers", type=number(int, 0), default=min(4, os.cpu_count()), help="a process [%(default)s]")
 
     flag = parser.add_argument_group("alignment").add_argument
-    flag("--model", metavar="NAME", help="{SiT,DiT}-{XS,S,B,L,XL}/{2,4,8} [SiT-XL/2; of --demo, SiT]")
+    flag("--model", metavar="NAME", help="{SiT,DiT}-{XS,S,B,L,XL}/{2,4,8} or MMDiT [SiT-XL/2]")
     flag("--teacher", "--enc-type", metavar="NAME", default="dinov2_vitb14",
          help="dinov2_vit{s,b,l,g}14[_reg], timm/NAME, or a file [%(default)s]")
     flag("--teacher-repo", metavar="DIR", help="a clone of facebookresearch/dinov2, for want of internet")
@@ -1831,7 +2114,7 @@ def parse(argv):
     flag("--wandb", metavar="PROJECT", help="log there, too")
 
     flag = parser.add_argument_group("--sample").add_argument
-    flag("--labels", type=int, nargs="+", default=[207, 360, 387, 974, 88, 979, 417], help="[%(default)s]")
+    flag("--labels", type=int, nargs="+", help=f"[{' '.join(map(str, LABELS))}]")
     flag("--mode", choices=MODES, default="sde", help="ddpm: DiT's own [%(default)s]")
     flag("--num-steps", type=number(int, 2), default=250, help="[%(default)s]")
     flag("--cfg-scale", type=weight, default=4.0, help="guidance, of grids, too; 1: none [%(default)s]")
@@ -1846,6 +2129,8 @@ def parse(argv):
         args.model = f"{args.model}-XS/{PATCH}"
     if args.model not in NAMES:
         raise BadInput(f"unknown model {args.model!r}: choose one of {', '.join(NAMES)}")
+    if args.captions and not (args.prepare or args.sample):
+        raise BadInput("--captions goes with --prepare or --sample: leave it out")
     args.exp_name = args.exp_name or args.model.replace("/", "-")
     return args
 

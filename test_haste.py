@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import resource
 import shutil
 import signal
@@ -1049,19 +1050,23 @@ def test_sample_draws_the_labels_asked_for_from_the_ema(world, latents, tmp_path
 
 # ---- 10. The demo --------------------------------------------------------------------------------------------
 
-def test_the_demo_is_a_row_of_ordinary_commands(tiny, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", ["SiT", "DiT", "MMDiT"])
+def test_the_demo_is_a_row_of_ordinary_commands(tiny, tmp_path, monkeypatch, capsys, kind):
     real, draw, render = haste.fit, haste.sample, haste.render_glyphs
     monkeypatch.setattr(haste, "fit", lambda net, loss, inputs, steps, title: real(net, loss, inputs, 2, title))
     monkeypatch.setattr(haste, "sample", lambda *a, **kw: draw(*a, **kw | {"steps": 2}) if "steps" in kw
                         else draw(*a[:3], 2, *a[4:], **kw))
     monkeypatch.setattr(haste, "render_glyphs", lambda n, seed: render(min(n, 200), seed))
-    haste.main(["--demo", "--output-dir", str(tmp_path), "--tau", "1", "--max-train-steps", "2"])
-    out, home = capsys.readouterr().out.splitlines(), tmp_path / "demo"
-    commands = [line.split()[2:] for line in out if line.startswith("$ python ")]
+    name, which = ("demo", []) if kind == "SiT" else (f"demo-{kind}", ["--model", kind])
+    haste.main(["--demo", *which, "--output-dir", str(tmp_path), "--tau", "1", "--max-train-steps", "2"])
+    out, home = capsys.readouterr().out.splitlines(), tmp_path / name
+    commands = [shlex.split(line)[2:] for line in out if line.startswith("$ python ")]
+    again = [["haste.py", "--prepare"]] * (kind == "MMDiT")      # the held-back letters' captions
     assert [c[:2] for c in commands] == [["haste.py", "--prepare"], ["haste.py", "--model"],
-                                          ["haste.py", "--sample"], ["evaluate.py", "--ckpt"]]
+                                          ["haste.py", "--sample"], *again, ["evaluate.py", "--ckpt"]]
+    assert commands[1][2] == f"{kind}-XS/4"
     assert (home / "demo.png").is_file() and sum("the judge reads" in line for line in out) == 3
-    assert [m["phase"] for m in metrics(tmp_path, "demo")] == [2]
+    assert [m["phase"] for m in metrics(tmp_path, name)] == [2]
     told = json.loads((home / "metrics.json").read_text())
     assert {"fid", "sfid", "is", "precision", "recall"} < told.keys()
     for script, *command in commands:       # they work by themselves, too
@@ -1263,7 +1268,7 @@ def test_dit_guides_three_channels_inside_the_interval(mode):
 
 def test_dits_names_taus_and_mistakes(world, tmp_path, capsys):
     class At512(list):
-        shape, resolution, classes, labels = (4, 64, 64), 512, range(9), np.zeros(256)
+        shape, resolution, classes, labels, images, captions = (4, 64, 64), 512, range(9), np.zeros(256), [], None
 
     settled = {}
     for name in ("SiT-XL/2", "DiT-XL/2", "DiT-L/2", "DiT-B/4"):
@@ -1431,6 +1436,213 @@ def test_mmdit_drops_texts_to_the_empty_one_and_is_guided_away_from_it():
     assert torch.allclose(out, by_hand, atol=1e-5)
     halves = haste.sample(model, noise, context.half(), steps=1, mode="ode")     # texts are stored in fp16
     assert torch.allclose(halves, haste.sample(model, noise, context.half().float(), steps=1, mode="ode"))
+
+
+@pytest.fixture(scope="module")
+def coco(world, tmp_path_factory):
+    """12 of the world's images with 1 to 5 captions each: by a JSON as COCO's, and by a text file beside each; prepared from both."""
+    home = tmp_path_factory.mktemp("coco")
+    images, annotations, pictures = [], [], sorted((world / "images").rglob("*.png"))[:12]
+    for i, path in enumerate(pictures):
+        texts = [f"a picture {path.stem} told {k}" for k in range(1 + int(path.stem) % 5)]
+        for folder in ("json", "txt"):
+            (home / folder).mkdir(exist_ok=True)
+            (home / folder / path.name).write_bytes(path.read_bytes())
+        (home / "txt" / f"{path.stem}.txt").write_text("\n".join(texts) + "\n")
+        images.append({"id": 7 * i, "file_name": path.name})
+        annotations += [{"image_id": 7 * i, "id": 100 * i + k, "caption": f"{text} \n"} for k, text in enumerate(texts)]
+    (home / "captions.json").write_text(json.dumps({"images": images, "annotations": annotations[::-1]}))
+    for kind, more in (("json", ["--captions", f"{home}/captions.json"]), ("txt", [])):
+        haste.main(["--prepare", f"{home}/{kind}", "--data-dir", f"{home}/{kind}-data", "--resolution", "8", "--vae", "none",
+                    "--text-encoder", "words", "--num-workers", "0", *more])
+    return home
+
+
+@pytest.fixture(scope="module")
+def painter(world, coco, tmp_path_factory):
+    """The folder of an MM-DiT's run over these captions."""
+    out = tmp_path_factory.mktemp("painter")
+    haste.main(flags(world, out, model="MMDiT-XS/4", data_dir=coco / "txt-data", sampling_steps=6))
+    return out
+
+
+def test_captions_are_encoded_once_with_the_empty_one(coco):
+    for kind, turn in (("txt", 1), ("json", -1)):
+        data = haste.Data(coco / f"{kind}-data")
+        names = json.loads((coco / f"{kind}-data" / "files.json").read_text())
+        contexts = np.load(coco / f"{kind}-data" / "contexts.npy")
+        assert torch.equal(data.captions.empty, haste.Words()([""])[0].half()) and data.vae is None
+        texts = [[f"a picture {name[:2]} told {k}" for k in range(1 + int(name[:2]) % 5)][::turn] for name in names]
+        assert contexts.shape == (sum(map(len, texts)), 12, 768) and contexts.dtype == np.float16 and len(names) == 12
+        want = torch.cat([haste.Words()(each) for each in texts]).half().numpy()
+        assert np.array_equal(contexts, want)
+        for u in (0.0, 0.5, 0.999):
+            batch = data[np.arange(12), True, np.full(12, u)]
+            wanted = [haste.Words()([each[int(u * len(each))]])[0].half() for each in texts]
+            assert torch.equal(batch["labels"], torch.stack(wanted)) and batch["images"].shape == (12, 3, 8, 8)
+        assert torch.equal(data[np.arange(12), False]["labels"], data[np.arange(12), False, np.zeros(12)]["labels"])
+
+
+def test_which_caption_is_shown_depends_on_seed_step_and_place():
+    args = argparse.Namespace(batch_size=6, seed=3)
+
+    def picks(rows, steps):
+        return [pick for *_, pick in haste.with_picks(haste.requests(10, args, rows, steps, True), args, rows, steps)]
+
+    whole, halves = picks(range(6), range(5)), [picks(slice(r * 3, r * 3 + 3), range(5)) for r in range(2)]
+    assert np.array_equal(np.stack(whole), np.concatenate(halves, axis=1))
+    assert np.array_equal(picks(range(6), range(3, 5)), whole[3:]) and len(set(np.concatenate(whole))) == 30
+
+
+def test_an_mmdit_is_trained_in_both_phases_and_resumed_bit_for_bit(world, coco, painter, tmp_path):
+    given = {"model": "MMDiT-XS/4", "data_dir": coco / "txt-data"}
+    haste.main(flags(world, tmp_path, **given, max_train_steps=4))
+    haste.main(flags(world, tmp_path, **given))
+    whole, parts = checkpoint(painter, 6), checkpoint(tmp_path, 6)
+    assert all(same(whole[k], parts[k]) for k in ("model", "ema", "opt", "null_context"))
+    assert torch.equal(whole["null_context"], haste.Words()([""])[0].half()) and whole["args"]["text_encoder"] == "words"
+    assert [m["phase"] for m in metrics(painter)] == [1, 1, 1, 2, 2, 2] and metrics(painter)[0]["loss_atta"] > 0
+    assert (painter / "run" / "samples" / "0000006.png").is_file()
+
+
+def test_two_processes_train_an_mmdit_as_one_does(world, coco, painter, tmp_path):
+    given = flags(world, tmp_path, model="MMDiT-XS/4", data_dir=coco / "txt-data")
+    finish(launch(given, processes=2), 0)
+    one, two = checkpoint(painter, 6)["model"], checkpoint(tmp_path, 6)["model"]
+    assert all(torch.allclose(one[k], two[k], atol=2e-3) for k in one)
+
+
+def test_captions_are_drawn_without_a_text_encoders_help_for_the_empty_one(painter, tmp_path, monkeypatch, capsys):
+    path, encoded, real = painter / "run" / "checkpoints" / "0000006.pt", [], haste.Words.__call__
+    monkeypatch.setattr(haste.Words, "__call__", lambda self, texts: encoded.append(texts) or real(self, texts))
+    draw = ["--sample", f"{path}", "--num-steps", "4", "--out", f"{tmp_path}/a.png", "--captions"]
+    haste.main([*draw, "a red bus", "word " * 20])
+    assert encoded == [["a red bus", "word " * 20]] and Image.open(tmp_path / "a.png").size == (2 * 9 + 1, 10)
+    assert "1 of 2 captions are longer than 12 words: truncated" in capsys.readouterr().out
+    assert "say --captions" in complaint(capsys, ["--sample", path, "--labels", 0])
+    assert "say --captions" in complaint(capsys, ["--sample", path])
+
+
+def test_evaluate_draws_one_caption_an_image(tiny, coco, painter, tmp_path, capsys):
+    path = painter / "run" / "checkpoints" / "0000006.pt"
+    given = ["--ckpt", f"{path}", "--ref", f"{coco}/txt-data", "--num-steps", "2", "--inception", "random", "--cfg-scale", "2"]
+    evaluate.main([*given, "--num-samples", "30", "--captions-from", f"{coco}/txt-data", "--json", f"{tmp_path}/a.json"])
+    assert "the first of each image" in json.loads((tmp_path / "a.json").read_text())["protocol"]["labels"]
+    args = evaluate.parse([*given, "--num-samples", "30", "--captions-from", f"{coco}/txt-data", "--precision", "fp32"])
+    generated = evaluate.Generated(args, torch.device("cpu"))
+    assert sorted(generated.labels[:12]) == list(range(12)) and generated.conditions(range(3, 8)).shape == (5, 12, 768)
+    assert torch.equal(generated.conditions(range(3, 8)), generated.conditions(range(15, 20)))       # and once more from the start
+    assert "say --captions-from" in refusal(capsys, *given)
+    assert "not --balanced" in refusal(capsys, *given, "--captions-from", f"{coco}/txt-data", "--balanced")
+
+
+def uvit_folder(home, n=8):
+    """Features as U-ViT's scripts write them: float32, mean and log variance."""
+    rng, folder = np.random.default_rng(0), home / "features" / "train"
+    folder.mkdir(parents=True)
+    for i in range(n):
+        np.save(folder / f"{i}.npy", rng.standard_normal((8, 8, 8)).astype(np.float32))
+        for k in range(1 + i % 3):
+            np.save(folder / f"{i}_{k}.npy", rng.standard_normal((77, 768)).astype(np.float32))
+    np.save(home / "features" / "empty_context.npy", rng.standard_normal((77, 768)).astype(np.float32))
+    return folder
+
+
+def test_uvits_features_train_as_they_are(world, tmp_path, capsys):
+    folder = uvit_folder(tmp_path)
+    data = haste.Data(folder)
+    batch, raw = data[np.array([5, 2]), False, np.array([0.9, 0.4])], np.load(folder / "5.npy")
+    assert torch.allclose(batch["moments"][0], torch.from_numpy(np.concatenate([raw[:4], np.exp(raw[4:] / 2)])))
+    assert np.array_equal(batch["labels"], [np.load(folder / "5_2.npy"), np.load(folder / "2_1.npy")])
+    assert np.array_equal(data.captions.empty, np.load(tmp_path / "features" / "empty_context.npy"))
+    assert (data.vae, data.scale, data.shape, data.resolution, len(data)) == (haste.VAE_ENCODER, 0.18215, (4, 8, 8), 64, 8)
+    given = flags(world, tmp_path, data_dir=folder, model="MMDiT-XS/4")
+    assert "has none: put them there as images/0.png" in complaint(capsys, given)
+    haste.main(flags(world, tmp_path, data_dir=folder, model="MMDiT-XS/4", tau=0, max_train_steps=2))
+    (folder / "images").mkdir()
+    for i in range(8):
+        Image.fromarray(np.full((64, 64, 3), i, np.uint8)).save(folder / "images" / f"{i}.png")
+    batch = haste.Data(folder)[np.array([7, 3]), True]
+    assert batch["images"].flatten(1).unique(dim=1).tolist() == [[7], [3]]
+    haste.main(flags(world, tmp_path, data_dir=folder, model="MMDiT-XS/4", exp_name="aligned", num_workers=1))
+    assert metrics(tmp_path, "aligned")[0]["loss_atta"] > 0
+    (folder / "images" / "7.png").unlink()
+    assert "8 latents and 7 images" in complaint(capsys, given)
+    (folder / "6_0.npy").unlink()
+    assert "look at number 6" in complaint(capsys, given)
+    (folder / "3.npy").unlink()
+    assert "7 latents must be 0.npy to 6.npy" in complaint(capsys, given)
+
+
+def test_mistakes_with_captions(world, coco, tmp_path, capsys):
+    assert "learns from captions, and" in complaint(capsys, flags(world, tmp_path, model="MMDiT-XS/4"))
+    assert "say --model MMDiT" in complaint(capsys, flags(world, tmp_path, data_dir=coco / "txt-data"))
+    assert "--captions goes with" in complaint(capsys, flags(world, tmp_path, captions="a"))
+    prepare = ["--prepare", coco / "json", "--data-dir", tmp_path / "d", "--resolution", 8, "--vae", "none", "--text-encoder", "words"]
+    told = json.loads((coco / "captions.json").read_text())
+    told["annotations"] = [a for a in told["annotations"] if a["image_id"]]
+    (tmp_path / "lacking.json").write_text(json.dumps(told))
+    assert "1 of 12 images have no caption in" in complaint(capsys, [*prepare, "--captions", tmp_path / "lacking.json"])
+    (tmp_path / "other.json").write_text('{"images": [{"id": 1}], "annotations": []}')
+    assert "not the structure of COCO's" in complaint(capsys, [*prepare, "--captions", tmp_path / "other.json"])
+    assert "cannot be read" in complaint(capsys, [*prepare, "--captions", tmp_path / "none.json"])
+    assert "takes one file" in complaint(capsys, [*prepare, "--captions", "a", "b"])
+    prepare[1] = tmp_path / "txt"
+    shutil.copytree(coco / "txt", prepare[1])
+    next(prepare[1].glob("*.txt")).write_text(" \n")
+    assert "1 of 12 images have no caption in a text file beside it" in complaint(capsys, prepare)
+    assert not (tmp_path / "d").exists()
+    haste.main(flags(world, tmp_path, max_train_steps=1))
+    path = tmp_path / "run" / "checkpoints" / "0000001.pt"
+    assert "draws labels, not captions" in complaint(capsys, ["--sample", path, "--captions", "a red bus"])
+    ref = "--ref", f"{world}/data", "--num-samples", "4"
+    assert "leave --captions-from out" in refusal(capsys, "--ckpt", f"{path}", *ref, "--captions-from", f"{coco}/txt-data")
+
+
+def make_clip(folder, width=768):
+    """A CLIP of one block, text and image, whose words are single letters, as transformers keeps it."""
+    transformers = pytest.importorskip("transformers")
+    folder.mkdir()
+    letters = [chr(c) for c in range(97, 123)]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    transformers.CLIPTokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt").save_pretrained(folder)
+    torch.manual_seed(0)
+    one = {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 12}
+    text = dict(one, vocab_size=len(words), hidden_size=width, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1)
+    model = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=text, vision_config=dict(one, hidden_size=12, image_size=8, patch_size=4)))
+    model.save_pretrained(folder)
+    return model
+
+
+def test_clip_encodes_what_is_prepared_and_sampled(world, coco, tmp_path, capsys, monkeypatch):
+    clip, src = make_clip(tmp_path / "clip"), tmp_path / "src"
+    shutil.copytree(coco / "txt", src)
+    names = sorted(path.stem for path in src.glob("*.txt"))
+    (src / f"{names[3]}.txt").write_text(f"{'abc ' * 60}\nab\n")
+    count = sum(len(path.read_text().splitlines()) for path in src.glob("*.txt"))
+    prepare = ["--prepare", f"{src}", "--data-dir", f"{tmp_path}/data", "--resolution", "8", "--vae", "none", "--num-workers", "0"]
+    haste.main([*prepare, "--text-encoder", f"{tmp_path}/clip"])
+    out = capsys.readouterr().out
+    assert f"12 images with {count} captions" in out and f"1 of {count} captions are longer than 77 tokens: truncated" in out
+    data = haste.Data(tmp_path / "data")
+    start, end, a, b = 52, 53, 0, 26 + 1
+    ids = torch.tensor([[start, a, b] + [end] * 74])
+    with torch.no_grad():
+        want = clip.text_model(ids).last_hidden_state[0].half()
+    assert torch.allclose(torch.from_numpy(data.captions.read(3, 1)), want, atol=2e-3) and data.captions.empty.shape == (77, 768)
+    haste.main(flags(world, tmp_path, data_dir=tmp_path / "data", model="MMDiT-XS/4", max_train_steps=1))
+    draw = ["--sample", f"{tmp_path}/run/checkpoints/0000001.pt", "--num-steps", "2", "--out", f"{tmp_path}/a.png", "--captions", "a b"]
+    haste.main(draw)
+    assert "leave --text-encoder out" in complaint(capsys, [*draw, "--text-encoder", "words"])
+    make_clip(tmp_path / "narrow", 48)
+    prepare[3] = f"{tmp_path}/other"
+    assert "gives 48 numbers a token" in complaint(capsys, [*prepare, "--text-encoder", tmp_path / "narrow"])
+    assert "could not be loaded" in complaint(capsys, [*prepare, "--text-encoder", tmp_path / "none"])
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "pip install transformers" in complaint(capsys, [*prepare, "--text-encoder", tmp_path / "clip"])
 
 
 @pytest.mark.parametrize("make, condition", [(tiny_dit, torch.tensor([0, 4])), (tiny_mmdit, torch.ones(2, 5, 12))])
