@@ -372,6 +372,7 @@ class Generated:
         self.args, self.device = args, device
         self.model, made = haste.load_model(args.ckpt, args.model)
         haste.check_sampler(self.model, args.mode, args.num_steps)
+        self.captions = self.open_captions() if isinstance(self.model, haste.MMDiT) else None
         if args.cfg_scale != 1:
             self.model.null_label       # raises BadInput for a model that has none
         encoder = made.get("vae", haste.VAE_ENCODER)
@@ -379,14 +380,13 @@ class Generated:
         default = haste.VAE_DECODER if encoder == haste.VAE_ENCODER else encoder
         self.vae_name = (args.vae or default) if self.vae else "none: pixels"
         self.model.to(device)
-        self.scale, self.captions = made.get("scale", haste.VAE_SCALE), None
+        self.scale = made.get("scale", haste.VAE_SCALE)
         try:
             side = self.decode(torch.zeros_like(haste.seeded_noise(self.model, 1, 0, device))).shape[-1]
         except RuntimeError as e:
             raise BadInput(f"{self.vae_name} cannot decode what {args.ckpt} draws ({brief(e)})") from e
         self.shape, rng = (args.num_samples, side, side, 3), np.random.default_rng(args.seed)
-        if isinstance(self.model, haste.MMDiT):
-            self.captions = self.open_captions()
+        if self.captions:
             self.labels = np.resize(rng.permutation(len(self.captions)), args.num_samples)      # of images
             return
         if args.captions_from:
@@ -402,10 +402,12 @@ class Generated:
         """The dataset whose images' first captions an MM-DiT draws. Raises BadInput."""
         if not self.args.captions_from or self.args.balanced:
             raise BadInput(f"{self.args.ckpt} draws captions: say --captions-from DIR, and not --balanced")
-        data, null = haste.Data(self.args.captions_from), self.model.null_context
+        data = haste.Data(self.args.captions_from)
         if not data.captions:
             raise BadInput(f"--captions-from {self.args.captions_from}: its images have labels, not captions")
-        if null is not None and null.shape != data.captions.empty.shape:
+        if self.model.null_context is None:     # of a checkpoint that is not ours
+            self.model.null_context = data.captions.empty
+        if self.model.null_context.shape != data.captions.empty.shape:
             raise BadInput(f"--captions-from {self.args.captions_from}: its captions are encoded otherwise "
                            f"than those that {self.args.ckpt} learned from")
         return data

@@ -11,7 +11,8 @@
     python haste.py --model SiT-B/2 --gradient-accumulation-steps 4       # one GPU
     torchrun --nproc_per_node=8 haste.py --model SiT-XL/2 --tau 250000    # eight GPUs: the paper's run
 
-The same command starts a run and resumes it.
+The same command starts a run and resumes it. DiT and MM-DiT, the paper's other backbones, are section 11,
+which a reader who wants SiT alone can skip: all before it is said for SiT.
 
     paper     here       shape                  what it is
     x_0       x0         (B, C, S, S)           the clean sample: a VAE latent, or pixels in [-1, 1]
@@ -22,6 +23,7 @@ The same command starts a run and resumes it.
     proj(h)   z          (B, N, D_T)            their projection
     y         y          (B, N, D_T)            the teacher's final-normed patch tokens
     A^S, A^T  qk         (B, heads, N, d) each  attention maps, as the [(q, k), ...] of the aligned blocks
+              labels     (B,)                   the condition; of MM-DiT, encoded captions (B, T, 768)
 """
 import argparse
 import contextlib
@@ -541,7 +543,7 @@ def sample(model, noise, labels, steps=250, cfg_scale=1.0, guidance=(0.0, 1.0), 
     def guides(t):
         return cfg_scale != 1 and guidance[0] <= t <= guidance[1]
 
-    if diffusion_of(model) is DDPM:
+    if diffusion_of(model) is DDPM:     # section 11
         return ddpm_sample(velocity, noise.to(wide), steps, guides, mode, progress)
     if mode == "sde":
         times = [*torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist(), 0.0]
@@ -753,8 +755,8 @@ def list_images(source, classes=True):
             names += [os.path.relpath(path, source) for path in paths]
         seen.add(real)
     if not names:
-        where = "in class folders" if classes else "at all"
-        raise BadInput(f"--prepare {source}: it has no images ({', '.join(ENDINGS)}) {where}")
+        raise BadInput(f"--prepare {source}: it has no images ({', '.join(ENDINGS)}) in class folders"
+                       f"{'' if classes else ', nor any with captions'}")
     return sorted(names)
 
 
@@ -768,6 +770,8 @@ def prepare(args):
     if not os.path.isdir(source):
         raise BadInput(f"--prepare {source}: there is no such folder")
     texts = find_captions(source, args.captions)        # {name: captions}, or None
+    if args.text_encoder and not texts:
+        raise BadInput(f"--text-encoder: {source} has no text files beside its images: say --captions FILE")
     names = list(texts) if texts else list_images(source)
     class_of = ["" if texts else name.split(os.sep)[0] for name in names]
     classes = sorted(set(class_of))
@@ -821,9 +825,10 @@ def prepare(args):
             good = [i for i, error in results if error is None]
             if vae and good:
                 arrays["moments"][good] = encode(arrays["images"][good])
-            for i in good if texts else ():
-                context = encoder(texts[names[i]]).half()
-                arrays["contexts"][first[i]:first[i + 1]] = context.cpu().numpy()
+            if texts and good:
+                context = encoder([text for i in good for text in texts[names[i]]]).half()
+                at = np.concatenate([np.arange(first[i], first[i + 1]) for i in good])
+                arrays["contexts"][at] = context.cpu().numpy()
             for i, error in results:
                 arrays["labels"][i] = SKIPPED if error else classes.index(class_of[i])
                 if error:
@@ -1881,7 +1886,7 @@ def load_text_encoder(name, device):
 
 def find_captions(source, given):
     """{image: its captions, at least one} of --prepare's folder: by COCO's JSON where that is given, else by
-    a text file beside each image, a caption a line; None where there is no such file. Raises BadInput."""
+    a text file beside each image, a caption a line; None if the first images have none. Raises BadInput."""
     names, of = list_images(source, classes=False), {}
     if given:
         where = Path(given[0])
@@ -1897,7 +1902,7 @@ def find_captions(source, given):
         of = {name: of.get(os.path.basename(name), []) for name in names}
     else:
         beside = {name: Path(source, name).with_suffix(".txt") for name in names}
-        if not any(path.is_file() for path in beside.values()):
+        if not any(beside[name].is_file() for name in names[:100]):     # not to look for ImageNet's million
             return None
         where = "a text file beside it"
         try:
@@ -1949,11 +1954,11 @@ def open_uvit(folder):
 
     def moments(path):
         mean, log_variance = np.split(np.load(path), 2)
-        return np.concatenate([mean, np.exp(log_variance / 2)])
+        return np.concatenate([mean, np.exp(log_variance.clip(-30, 20) / 2)])        # clamped as the VAE does
 
     texts = [e.name for e in os.scandir(folder) if re.fullmatch(r"\d+_\d+\.npy", e.name)]
     latents = numbered(r"\d+\.npy", folder)
-    pictures = numbered(rf"\d+({'|'.join(ENDINGS)})".replace(".", r"\."), folder, folder / "images")
+    pictures = numbered(rf"(?i)\d+({'|'.join(ENDINGS)})".replace(".", r"\."), folder, folder / "images")
     n, counts = len(latents), np.bincount([int(name.split("_")[0]) for name in texts], minlength=len(latents))
     if sorted(latents) != list(range(n)) or len(counts) != n or not counts.all():
         raise BadInput(f"{folder}: its {n} latents must be 0.npy to {n - 1}.npy, each with captions, i_0.npy "
@@ -1992,10 +1997,12 @@ def encode_captions(model, made, args, device):
     if args.labels or not args.captions:
         raise BadInput(f'{args.sample} draws captions, not labels: say --captions "a red bus" "a blue K"')
     encoder = load_text_encoder(args.text_encoder or made.get("text_encoder", CLIP), device)
-    contexts, null = encoder(args.captions), model.null_context
-    if null is not None and null.shape != contexts.shape[1:]:
+    contexts = encoder(args.captions)
+    if model.null_context is None:      # of a checkpoint that is not ours
+        model.null_context = encoder([""])[0]
+    if model.null_context.shape != contexts.shape[1:]:
         raise BadInput(f"the text encoder gives {tuple(contexts.shape[1:])} for a text, where {args.sample} "
-                       f"learned from {tuple(null.shape)}: leave --text-encoder out")
+                       f"learned from {tuple(model.null_context.shape)}: leave --text-encoder out")
     encoder.tell_truncated(args.captions)
     return contexts
 
@@ -2059,7 +2066,7 @@ def parse(argv):
     flag("--demo", action="store_true", help="all of it, on letters, offline; other flags go to its training")
     flag("--prepare", metavar="SRC", help="turn a tree of class folders into a dataset at --data-dir")
     flag("--sample", metavar="CKPT", help="draw --labels, or --captions, from a checkpoint's EMA")
-    flag("--bench", action="store_true", help="time --model: plain SiT, phase I, phase II, and sampling")
+    flag("--bench", action="store_true", help="time --model: plain, phase I, phase II, and sampling")
 
     flag = parser.add_argument_group("data").add_argument
     flag("--data-dir", default="data/imagenet256", help="what --prepare, or REPA, wrote [%(default)s]")
@@ -2129,8 +2136,8 @@ def parse(argv):
         args.model = f"{args.model}-XS/{PATCH}"
     if args.model not in NAMES:
         raise BadInput(f"unknown model {args.model!r}: choose one of {', '.join(NAMES)}")
-    if args.captions and not (args.prepare or args.sample):
-        raise BadInput("--captions goes with --prepare or --sample: leave it out")
+    if (args.captions or args.text_encoder) and not (args.prepare or args.sample):
+        raise BadInput("--captions and --text-encoder go with --prepare or --sample: leave them out")
     args.exp_name = args.exp_name or args.model.replace("/", "-")
     return args
 

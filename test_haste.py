@@ -1301,8 +1301,10 @@ def test_a_dit_is_trained_in_both_phases_resumed_bit_for_bit_and_drawn(tiny, wor
     assert "ddpm, sde, ode" in refusal(capsys, *draw, "--mode", "heun")
 
 
-def test_the_trigger_asks_a_dit_too(world, tmp_path):
-    haste.main(flags(world, tmp_path, model="DiT-XS/2", tau="auto", tau_from=0, tau_every=2, tau_images=8, max_train_steps=2))
+@pytest.mark.parametrize("name, data", [("DiT-XS/2", "world/data"), ("MMDiT-XS/4", "coco/txt-data")])
+def test_the_trigger_asks_the_other_backbones_too(world, coco, tmp_path, name, data):
+    folder = {"world": world, "coco": coco}[data.split("/")[0]] / data.split("/")[1]
+    haste.main(flags(world, tmp_path, model=name, data_dir=folder, tau="auto", tau_from=0, tau_every=2, tau_images=8, max_train_steps=2))
     assert all(f"cosine_t{t}" in metrics(tmp_path)[0] for t in haste.TRIGGER_TIMES)
 
 
@@ -1323,16 +1325,18 @@ def test_dits_own_checkpoints_load_without_a_projector(tmp_path, capsys):
     assert "holds no weights" in complaint(capsys, ["--sample", tmp_path / "sit.pt", "--model", "DiT-S/8"])
 
 
-@pytest.mark.parametrize("kind", [haste.SiT, haste.DiT])
+@pytest.mark.parametrize("kind", [haste.SiT, haste.DiT, haste.MMDiT])
 def test_the_benchs_plain_step_is_phase_iis(kind):
     args = haste.parse(["--precision", "fp32"])
     args.gradient_accumulation_steps = 1
     learners = []
     for one in (type("PlainBackbone", (evaluate.Plain, kind), {}), kind):
         torch.manual_seed(0)
-        learners.append(haste.Learner(awake(one(**TINY)), args, torch.device("cpu")))
+        sizes = {k: x for k, x in TINY.items() if k != "num_classes" or kind is not haste.MMDiT}
+        learners.append(haste.Learner(awake(one(**sizes)), args, torch.device("cpu")))
         learners[-1].wrap(projector=False)
     given = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8), torch.tensor([0.0004, 0.7]), torch.tensor([0, 4])
+    given = (*given[:3], torch.randn(2, 5, 768)) if kind is haste.MMDiT else given
     for _ in range(2):
         evaluate.plain_step(learners[0], *given)
         learners[1].step(*given)
@@ -1577,7 +1581,8 @@ def test_uvits_features_train_as_they_are(world, tmp_path, capsys):
 def test_mistakes_with_captions(world, coco, tmp_path, capsys):
     assert "learns from captions, and" in complaint(capsys, flags(world, tmp_path, model="MMDiT-XS/4"))
     assert "say --model MMDiT" in complaint(capsys, flags(world, tmp_path, data_dir=coco / "txt-data"))
-    assert "--captions goes with" in complaint(capsys, flags(world, tmp_path, captions="a"))
+    for flag in ("captions", "text_encoder"):
+        assert "go with --prepare or --sample" in complaint(capsys, flags(world, tmp_path, **{flag: "words"}))
     prepare = ["--prepare", coco / "json", "--data-dir", tmp_path / "d", "--resolution", 8, "--vae", "none", "--text-encoder", "words"]
     told = json.loads((coco / "captions.json").read_text())
     told["annotations"] = [a for a in told["annotations"] if a["image_id"]]
@@ -1587,6 +1592,7 @@ def test_mistakes_with_captions(world, coco, tmp_path, capsys):
     assert "not the structure of COCO's" in complaint(capsys, [*prepare, "--captions", tmp_path / "other.json"])
     assert "cannot be read" in complaint(capsys, [*prepare, "--captions", tmp_path / "none.json"])
     assert "takes one file" in complaint(capsys, [*prepare, "--captions", "a", "b"])
+    assert "has no text files beside its images" in complaint(capsys, prepare)
     prepare[1] = tmp_path / "txt"
     shutil.copytree(coco / "txt", prepare[1])
     next(prepare[1].glob("*.txt")).write_text(" \n")
@@ -1637,6 +1643,12 @@ def test_clip_encodes_what_is_prepared_and_sampled(world, coco, tmp_path, capsys
     draw = ["--sample", f"{tmp_path}/run/checkpoints/0000001.pt", "--num-steps", "2", "--out", f"{tmp_path}/a.png", "--captions", "a b"]
     haste.main(draw)
     assert "leave --text-encoder out" in complaint(capsys, [*draw, "--text-encoder", "words"])
+    torch.save(checkpoint(tmp_path, 1)["ema"], tmp_path / "bare.pt")     # of other code, without the empty caption
+    bare = ["--sample", f"{tmp_path}/bare.pt", "--model", "MMDiT-XS/4", "--vae", "none", *draw[2:]]
+    with monkeypatch.context() as patch:
+        patch.setattr(haste, "load_decoder", lambda *given: None)
+        patch.setattr(haste, "to_images", lambda x, vae, scale: torch.zeros(len(x), 3, 8, 8, dtype=torch.uint8))
+        haste.main([*bare, "--text-encoder", f"{tmp_path}/clip"])
     make_clip(tmp_path / "narrow", 48)
     prepare[3] = f"{tmp_path}/other"
     assert "gives 48 numbers a token" in complaint(capsys, [*prepare, "--text-encoder", tmp_path / "narrow"])
