@@ -825,7 +825,7 @@ def peak_memory(device, reset=False):
 
 
 class Bench:
-    """What haste.py --bench times: plain SiT and ours, on made-up data. Each row of the table is a learner, and
+    """What haste.py --bench times: plain SiT and ours, on made-up data. A row of the table is a learner, and
     a call for the first n images."""
 
     def __init__(self, args, rank, world, device):
@@ -973,6 +973,7 @@ def parse(argv):
     flag("--batch-size", type=count, help="of each process [64 on CUDA, 32 elsewhere]")
     flag("--num-workers", type=number(int, 0), default=min(4, os.cpu_count()), help="a process [%(default)s]")
     flag("--device", choices=("cuda", "mps", "cpu"), help="[the best there is]")
+    flag("--timeout", type=count, default=1800, help="seconds to wait for a lost process [%(default)s]")
 
     flag = parser.add_argument_group("how --ckpt's samples are drawn [the paper's protocol]").add_argument
     flag("--num-samples", "--num-fid-samples", type=number(int, 2), default=50_000, help="[%(default)s]")
