@@ -633,10 +633,11 @@ class Crops(Dataset):
             if not os.path.isfile(path):        # nothing would ever come out of a pipe
                 raise OSError("no regular file")
             with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image)
+                ImageOps.exif_transpose(image, in_place=True)
                 if image.mode.startswith("I"):      # 16-bit grey, which convert() would clip to white
                     image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
-                self.images[i] = to_array(center_crop(image.convert("RGB"), self.size))
+                image = image if image.mode == "RGB" else image.convert("RGB")
+                self.images[i] = np.asarray(center_crop(image, self.size)).transpose(2, 0, 1)
             return i, None
         except Exception as e:      # a broken file can make Pillow raise anything
             return i, brief(e)
