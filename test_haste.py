@@ -326,11 +326,11 @@ def naive_attention_loss(q, k, q_t, k_t):
     return -(a * torch.log_softmax(q @ k.mT / q.shape[-1] ** 0.5, -1)).sum(-1).mean()
 
 
-@pytest.mark.parametrize("piece", [1, 14, 2 ** 18])
+@pytest.mark.parametrize("piece", [1, 14, 100, 2 ** 21])
 def test_attention_loss_has_the_gradient_of_the_naive_formula_in_whatever_pieces(piece, monkeypatch):
     monkeypatch.setattr(haste, "MAP_PIECE", piece)
     torch.manual_seed(0)
-    inputs = [torch.randn(2, 3, 7, d, dtype=torch.float64, requires_grad=d == 5) for d in (5, 5, 4, 4)]
+    inputs = [torch.randn(6, 7, d, dtype=torch.float64, requires_grad=d == 5) for d in (5, 5, 4, 4)]
     assert torch.autograd.gradcheck(haste.CrossEntropyOfMaps.apply, inputs)
     mine, naive = haste.CrossEntropyOfMaps.apply(*inputs), naive_attention_loss(*inputs)
     assert mine.item() == pytest.approx(naive.item(), rel=1e-12)
@@ -352,10 +352,10 @@ def test_attention_loss_in_halves_is_that_of_the_same_numbers_in_fp64(dtype, tol
 
 @pytest.mark.parametrize("N", [1024, 4096])
 def test_the_memory_of_attention_loss_grows_with_n_not_its_square(N):
-    inputs = [torch.randn(1, 1, N, 8, requires_grad=i < 2) for i in range(4)]
+    inputs = [torch.randn(1, 12, N, 8, requires_grad=i < 2) for i in range(4)]
     with Largest() as mine:
         haste.attention_loss([inputs[:2]], [inputs[2:]]).backward()
-    assert mine.numel <= 2 ** 18 and (N < 4096 or mine.numel <= N ** 2 / 60)
+    assert mine.numel <= 2 ** 21 <= 12 * N ** 2 / 6 and (N < 4096 or mine.numel <= 12 * N ** 2 / 90)
 
 
 def test_the_diffusion_loss_by_hand_and_a_term_of_weight_0_left_out():
