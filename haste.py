@@ -11,7 +11,8 @@
     python haste.py --model SiT-B/2 --gradient-accumulation-steps 4       # one GPU
     torchrun --nproc_per_node=8 haste.py --model SiT-XL/2 --tau 250000    # eight GPUs: the paper's run
 
-The same command starts a run and resumes it.
+The same command starts a run and resumes it. Sections 1 to 5 are the paper, 8 is the training loop; the rest is
+what a run needs besides: data, files, pictures, faults, flags.
 
     paper     here       shape                  what it is
     x_0       x0         (B, C, S, S)           the clean sample: a VAE latent, or pixels in [-1, 1]
