@@ -862,7 +862,7 @@ def peak_memory(device, reset=False):
 
 
 class Bench:
-    """What haste.py --bench times: the plain backbone and ours, on made-up data. Each row of the table is a
+    """What haste.py --bench times: the plain backbone and ours, on made-up data. A row of the table is a
     learner, and a call for the first n images."""
 
     def __init__(self, args, rank, world, device):

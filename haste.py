@@ -11,8 +11,9 @@
     python haste.py --model SiT-B/2 --gradient-accumulation-steps 4       # one GPU
     torchrun --nproc_per_node=8 haste.py --model SiT-XL/2 --tau 250000    # eight GPUs: the paper's run
 
-The same command starts a run and resumes it. DiT and MM-DiT, the paper's other backbones, are section 11,
-which a reader who wants SiT alone can skip: all before it is said for SiT.
+The same command starts a run and resumes it. Sections 1 to 5 are the paper, 8 is the training loop; the rest is
+what a run needs besides: data, files, pictures, faults, flags. DiT and MM-DiT, the paper's other backbones, are
+section 11, which a reader who wants SiT alone can skip: all before it is said for SiT.
 
     paper     here       shape                  what it is
     x_0       x0         (B, C, S, S)           the clean sample: a VAE latent, or pixels in [-1, 1]
@@ -31,6 +32,7 @@ import copy
 import functools
 import gc
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -391,7 +393,7 @@ def load_teacher(name, grid, blocks, repo=None):
 # ---- 3. The losses -----------------------------------------------------------------------------------------
 
 MAX_HEADS = 12      # student head i learns from teacher head i, for the first 12; the others are free
-MAP_PIECE = 2 ** 18     # rows x N of the attention maps that exist at a time, for each image and head
+MAP_PIECE = 2 ** 21     # entries of the attention maps that exist at a time
 
 
 def full(x):
@@ -408,24 +410,25 @@ def feature_loss(z, y):
 # L_ATTA = - mean over block pairs, images, heads and rows i of sum_j A^T_ij log A^S_ij
 #          with A = softmax(q k^T / sqrt(d)) of the teacher and of the student
 class CrossEntropyOfMaps(torch.autograd.Function):
-    """(q, k) of student and teacher -> the mean cross-entropy of their maps' rows, in memory linear in N.
+    """(q, k) (G, N, head_dim) of student and teacher -> the mean cross-entropy of the rows of their G maps.
 
-    The gradient by the student's logits is A^S - A^T. It is taken on the way, while a piece of the maps is
-    there, so that none is kept; for N <= 512 that piece is all, and this is faster than autograd, too."""
+    The gradient by the student's logits is A^S - A^T. It is taken on the way, from a piece of the maps at a
+    time, so that memory is linear in N; and autograd, which would keep the maps, is slower at N = 256, too."""
 
     @staticmethod
     def forward(ctx, q, k, q_t, k_t):
-        scale, scale_t, count = q.shape[-1] ** -0.5, q_t.shape[-1] ** -0.5, q[..., 0].numel()
-        total, dq, dk = q.new_zeros(()), torch.empty_like(q), torch.zeros_like(k)
-        N = q.shape[-2]
-        step = max(1, MAP_PIECE // N)
-        for rows in (slice(i, i + step) for i in range(0, N, step)):
-            log_a = F.log_softmax(q[..., rows, :] @ k.mT * scale, dim=-1)           # (B, heads, rows, N)
-            a_t = F.softmax(q_t[..., rows, :] @ k_t.mT * scale_t, dim=-1)
+        (G, N, d), count = q.shape, q[..., 0].numel()
+        scale, scale_t, total = d ** -0.5, q_t.shape[-1] ** -0.5, q.new_zeros(())
+        dq, dk = torch.empty_like(q), torch.zeros_like(k)
+        maps, rows = max(1, MAP_PIECE // N ** 2), max(1, min(N, MAP_PIECE // N))
+        for m, i in itertools.product(range(0, G, maps), range(0, N, rows)):
+            m, i = slice(m, m + maps), slice(i, i + rows)
+            log_a = F.log_softmax(scale * q[m, i] @ k[m].mT, dim=-1)            # (maps, rows, N)
+            a_t = F.softmax(scale_t * q_t[m, i] @ k_t[m].mT, dim=-1)
             total -= (a_t * log_a).sum()
             d_logits = log_a.exp_().sub_(a_t)
-            dq[..., rows, :] = d_logits @ k
-            dk += d_logits.mT @ q[..., rows, :]
+            dq[m, i] = d_logits @ k[m]
+            dk[m] += d_logits.mT @ q[m, i]
         ctx.save_for_backward(dq.mul_(scale / count), dk.mul_(scale / count))
         return total / count
 
@@ -441,7 +444,8 @@ def attention_loss(student_qk, teacher_qk):
     for (q, k), (q_t, k_t) in zip(student_qk, teacher_qk, strict=True):
         heads = min(q.shape[1], q_t.shape[1], MAX_HEADS)
         with torch.autocast(q.device.type, enabled=False):
-            total = total + CrossEntropyOfMaps.apply(*(full(x[:, :heads]) for x in (q, k, q_t, k_t)))
+            paired = [full(x[:, :heads]).flatten(0, 1) for x in (q, k, q_t, k_t)]
+            total = total + CrossEntropyOfMaps.apply(*paired)
     return total / len(student_qk)
 
 
@@ -734,10 +738,11 @@ class Crops(Dataset):
             if not os.path.isfile(path):        # nothing would ever come out of a pipe
                 raise OSError("no regular file")
             with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image)
+                ImageOps.exif_transpose(image, in_place=True)
                 if image.mode.startswith("I"):      # 16-bit grey, which convert() would clip to white
                     image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
-                self.images[i] = to_array(center_crop(image.convert("RGB"), self.size))
+                image = image if image.mode == "RGB" else image.convert("RGB")
+                self.images[i] = np.asarray(center_crop(image, self.size)).transpose(2, 0, 1)
             return i, None
         except Exception as e:      # a broken file can make Pillow raise anything
             return i, brief(e)

@@ -329,11 +329,11 @@ def naive_attention_loss(q, k, q_t, k_t):
     return -(a * torch.log_softmax(q @ k.mT / q.shape[-1] ** 0.5, -1)).sum(-1).mean()
 
 
-@pytest.mark.parametrize("piece", [1, 14, 2 ** 18])
+@pytest.mark.parametrize("piece", [1, 14, 100, 2 ** 21])
 def test_attention_loss_has_the_gradient_of_the_naive_formula_in_whatever_pieces(piece, monkeypatch):
     monkeypatch.setattr(haste, "MAP_PIECE", piece)
     torch.manual_seed(0)
-    inputs = [torch.randn(2, 3, 7, d, dtype=torch.float64, requires_grad=d == 5) for d in (5, 5, 4, 4)]
+    inputs = [torch.randn(6, 7, d, dtype=torch.float64, requires_grad=d == 5) for d in (5, 5, 4, 4)]
     assert torch.autograd.gradcheck(haste.CrossEntropyOfMaps.apply, inputs)
     mine, naive = haste.CrossEntropyOfMaps.apply(*inputs), naive_attention_loss(*inputs)
     assert mine.item() == pytest.approx(naive.item(), rel=1e-12)
@@ -355,10 +355,10 @@ def test_attention_loss_in_halves_is_that_of_the_same_numbers_in_fp64(dtype, tol
 
 @pytest.mark.parametrize("N", [1024, 4096])
 def test_the_memory_of_attention_loss_grows_with_n_not_its_square(N):
-    inputs = [torch.randn(1, 1, N, 8, requires_grad=i < 2) for i in range(4)]
+    inputs = [torch.randn(1, 12, N, 8, requires_grad=i < 2) for i in range(4)]
     with Largest() as mine:
         haste.attention_loss([inputs[:2]], [inputs[2:]]).backward()
-    assert mine.numel <= 2 ** 18 and (N < 4096 or mine.numel <= N ** 2 / 60)
+    assert mine.numel <= 2 ** 21 <= 12 * N ** 2 / 6 and (N < 4096 or mine.numel <= 12 * N ** 2 / 90)
 
 
 def test_the_diffusion_loss_by_hand_and_a_term_of_weight_0_left_out():
@@ -772,6 +772,22 @@ def test_compiled_it_traces_each_phase_once_whatever_t_labels_and_step(world, tm
     assert traced.frame_count == 2 and len(metrics(tmp_path)) == 6
 
 
+def test_the_bench_says_what_each_phase_costs(world, tmp_path, capsys):
+    haste.main(["--bench", "--model", "SiT-XS/2", "--resolution", "64", "--batch-size", "2", "--teacher", f"{world}/teacher.pt",
+                "--device", "cpu", "--json", f"{tmp_path}/bench.json"])
+    report, printed = json.loads((tmp_path / "bench.json").read_text()), capsys.readouterr().out
+    rows = report["rows"]
+    assert list(rows) == ["plain SiT", "phase I", "phase II", "sampling", "sampling, guided"] and all(name in printed for name in rows)
+    D, N = 128, 16      # by hand: 2 for each weight and token, thrice for a training step; attention is two products of N x N x D
+    tokens, image = N * (12 * D * D + 2 * N * D), 6 * D * D
+    block, ends = tokens + image, 256 * D + D * D + 2 * D * D + N * (16 * D + 16 * D)
+    assert rows["sampling"]["tflop"] == pytest.approx(2 * 2 * (6 * block + ends) / 1e12, rel=0.01)
+    assert rows["sampling, guided"]["tflop"] == pytest.approx(2 * rows["sampling"]["tflop"])
+    assert rows["plain SiT"]["tflop"] == rows["phase II"]["tflop"] == pytest.approx(3 * rows["sampling"]["tflop"], rel=0.05)
+    assert rows["phase I"]["tflop"] > rows["phase II"]["tflop"] and all(r["ms_low"] <= r["ms"] <= r["ms_high"] for r in rows.values())
+    assert report["phase2_over_plain"] == rows["phase II"]["over_plain"] and 0 < report["phase1_over_expected"]
+
+
 # --- Faults: nothing is lost, and the same command goes on
 
 def finish(process, code):
@@ -895,11 +911,12 @@ def test_a_process_that_hangs_ends_the_job_within_the_set_time(world, tmp_path):
     children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[-1]), signal.SIGSTOP)
     began = time.time()
-    try:
-        _, err = run.communicate(timeout=90)
-    finally:
-        subprocess.run(["kill", "-9", *children], stderr=subprocess.DEVNULL)
-    assert run.returncode and "another process of this job died or hangs" in err and time.time() - began < 60
+    while children[0] in subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split():
+        assert time.time() - began < 60
+        time.sleep(0.2)
+    os.kill(int(children[-1]), signal.SIGKILL)      # torchrun would do it after half a minute
+    _, err = run.communicate(timeout=90)
+    assert run.returncode and "another process of this job died or hangs" in err
 
 
 DAMAGES = {
