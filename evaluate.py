@@ -15,7 +15,9 @@ HASTE report with; so is the protocol. Samples are measured as they are drawn: n
 """
 import hashlib
 import json
+import multiprocessing
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -40,7 +42,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import haste
-from haste import BadInput, barrier, brief, number, write_file
+from haste import BadInput, barrier, brief, number, read_json, write_file, write_json
 
 POOL, SPATIAL, LOGITS, SPLIT, NEIGHBOURS, OF_REF = 2048, 2023, 1008, 5000, 3, 10_000
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
@@ -766,28 +768,54 @@ def evaluate(args):
 
 # ---- 6. The demo's judge -----------------------------------------------------------------------------------
 
-def fit_judge(images, labels):
-    """A convolutional classifier that teacher and student never meet; gives its accuracy on (x, y)."""
+class Judge(nn.Module):
+    """A small convolutional classifier that teacher and student never meet: uint8 images (B, 3, R, R) ->
+    features (B, 64), logits (B, classes)."""
+
+    def __init__(self, classes):
+        super().__init__()
+        layers = [layer for c, d in ((3, 32), (32, 64), (64, 64)) for layer in (
+            nn.Conv2d(c, d, 3, padding=1), nn.BatchNorm2d(d), nn.ReLU(), nn.MaxPool2d(2))]
+        self.body = nn.Sequential(*layers[:-1], nn.AdaptiveMaxPool2d(3), nn.Flatten(), nn.Linear(576, 64))
+        self.head = nn.Sequential(nn.ReLU(), nn.Linear(64, classes))
+
+    def forward(self, images):
+        features = self.body(images / 127.5 - 1)
+        return features, self.head(features)
+
+    def right(self, images, labels):
+        """The share of images that it reads as their labels."""
+        return (self(images)[1].argmax(1) == labels).float().mean().item()
+
+
+def fit_judge(images, labels, classes):
     torch.manual_seed(1)
-    layers = [layer for c, d in ((3, 32), (32, 64), (64, 64)) for layer in (
-        nn.Conv2d(c, d, 3, padding=1), nn.BatchNorm2d(d), nn.ReLU(), nn.MaxPool2d(2))]
-    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(576, len(haste.LETTERS)))
+    judge = Judge(classes)
 
     def loss(x, y):
-        return F.cross_entropy(net(x / 127.5 - 1), y)
+        return F.cross_entropy(judge(x)[1], y)
 
-    haste.fit(net, loss, (images, labels), 300, "the demo's judge")
-    return lambda x, y: (net(x / 127.5 - 1).argmax(1) == y).float().mean().item()
+    return haste.fit(judge, loss, (images, labels), 300, "the judge")
+
+
+def write_rows(path, rows):
+    """A picture of rows of 20 small images each, uint8 (n, 3, R, R), below their captions."""
+    picture = Image.new("RGB", (1052, 84 * len(rows) + 8), "white")
+    for i, (caption, row) in enumerate(rows):
+        ImageDraw.Draw(picture).text((8, 84 * i + 6), caption, "black", ImageFont.load_default(15))
+        row = Image.fromarray(make_grid(row[:20], 20, padding=1, pad_value=255).permute(1, 2, 0).numpy())
+        picture.paste(row.resize((1040, 54), Image.Resampling.NEAREST), (6, 84 * i + 28))
+    write_file(path, lambda f: picture.save(f, "PNG"))
 
 
 @torch.no_grad()
 def judge_letters(home, checkpoints, tau, mode, render):
     """Prints how many letters the judge reads right, real and each checkpoint's, and draws home/demo.png."""
-    with torch.enable_grad():
-        right = fit_judge(*render(4000, seed=1)[:2])
     classes, (real, of, _, *captions) = len(haste.LETTERS), render(500, seed=2)
+    with torch.enable_grad():
+        judge = fit_judge(*render(4000, seed=1)[:2], classes)
     two_each = torch.stack([torch.nonzero(of == c)[:2, 0] for c in range(classes)]).T.flatten()
-    rows = [(f"real letters: the judge reads {right(real, of):.0%} right", real[two_each])]
+    rows = [(f"real letters: the judge reads {judge.right(real, of):.0%} right", real[two_each])]
     for path in checkpoints:
         (model, made), wanted = haste.load_model(path, None), torch.arange(100) % classes
         labels = wanted
@@ -797,15 +825,11 @@ def judge_letters(home, checkpoints, tau, mode, render):
         noise = haste.seeded_noise(model, len(wanted), 0, "cpu")
         torch.manual_seed(0)
         drawn = haste.to_images(haste.sample(model, noise, labels, steps=50, cfg_scale=2.0, mode=mode))
-        phase, score = "II" if isinstance(tau, int) and int(path.stem) > tau else "I", right(drawn, wanted)
-        rows.append((f"step {int(path.stem)}, phase {phase}: the judge reads {score:.0%} right", drawn[:20]))
-    picture = Image.new("RGB", (1052, 84 * len(rows) + 8), "white")
-    for i, (caption, row) in enumerate(rows):
-        print(caption)
-        ImageDraw.Draw(picture).text((8, 84 * i + 6), caption, "black", ImageFont.load_default(15))
-        row = Image.fromarray(make_grid(row, 20, padding=1, pad_value=255).permute(1, 2, 0).numpy())
-        picture.paste(row.resize((1040, 54), Image.Resampling.NEAREST), (6, 84 * i + 28))
-    write_file(home / "demo.png", lambda f: picture.save(f, "PNG"))
+        phase = "II" if isinstance(tau, int) and int(path.stem) > tau else "I"
+        score = judge.right(drawn, wanted)
+        rows.append((f"step {int(path.stem)}, phase {phase}: the judge reads {score:.0%} right", drawn))
+    print("\n".join(caption for caption, _ in rows))
+    write_rows(home / "demo.png", rows)
     print(f"{home}/demo.png shows them; the metrics are in {home}/metrics.jsonl and {home}/metrics.json")
 
 
@@ -982,7 +1006,244 @@ def bench(args):
         write_file(Path(args.json), lambda f: f.write(json.dumps(report, indent=1).encode()))
 
 
-# ---- 8. The command line -----------------------------------------------------------------------------------
+# ---- 8. The paper's claims, in small: haste.py --demo --compare --------------------------------------------
+
+# All start from the same weights, with the same batches and noise. "never" measures the angle as "auto"
+# does, and never heeds it: no cosine lies below -1.
+VARIANTS = {"plain": "--tau 0", "REPA": "--tau never --lambda-a 0", "attention": "--tau never --lambda-r 0",
+            "never": "--tau auto --tau-cosine -1", "HASTE": "", "auto": "--tau auto"}
+PROTOCOL = ("--batch-size 64 --learning-rate 2e-3 --ema-decay 0.999 --max-train-steps 1500 --tau 750 "
+            "--tau-from 150 --tau-every 150 --tau-images 256 --log-every 50 --sampling-steps 0 "
+            "--num-workers 0")
+MEASURED, DRAWN = 5, 1000       # times in a run, and at most so many samples each time
+
+
+def three_parts(data_dir):
+    """What is trained on, what the judge learns from, what is held back, each (images, labels, masks), and
+    the classes' names: letters of three seeds, or of a dataset twice its three quarters and the rest.
+    Raises BadInput."""
+    if data_dir is None:
+        sets = ((4000, 0), (4000, 1), (2 * DRAWN, 2))
+        return [haste.render_glyphs(n, seed) for n, seed in sets], haste.LETTERS
+    data = haste.Data(data_dir)
+    if data.vae or data.captions or len(data) < 20:
+        raise BadInput(f"--compare takes 20 images and more, as pixels, with labels, and {data_dir} has "
+                       f"others: --prepare SRC --vae none makes such a dataset")
+    order = np.random.default_rng(0).permutation(len(data))
+    batches = [data[part, True] for part in np.split(order, [len(data) * 3 // 4])]
+    train, rest = ((b["images"], b["labels"], torch.ones(b["images"][:, 0].shape)) for b in batches)
+    return [train, train, rest], [f"{c:05d}" for c in range(len(data.classes))]
+
+
+def statistics(judge, images):
+    """Mean (64,) and covariance (64, 64) of the judge's features."""
+    moments = Moments(64, "cpu")
+    for part in images.split(250):
+        moments.add(judge(part)[0])
+    return moments.statistics()
+
+
+@torch.no_grad()
+def contend(run, argv, judge_file):
+    """One run of the comparison: it trains, then the judge measures samples of its checkpoints."""
+    with torch.enable_grad():
+        haste.main(argv)
+    args, told, saved = haste.parse(argv), run / "judged.json", haste.load_file(judge_file)
+    device, n, classes = haste.setup(args)[2], saved["n"], saved["classes"]
+    judge = Judge(classes).eval()
+    judge.load_state_dict(saved["model"])
+    results = read_json(told) if told.is_file() else {}
+    for step in range(args.checkpointing_steps, args.max_train_steps + 1, args.checkpointing_steps):
+        if str(step) in results:
+            continue
+        model, _ = haste.load_model(run / "checkpoints" / f"{step:07d}.pt", None)
+        noise = haste.seeded_noise(model.to(device), n, args.seed, device)
+        labels, mode = torch.arange(n, device=device) % classes, haste.diffusion_of(model).grid_mode
+        torch.manual_seed(args.seed)
+        parts = zip(noise.split(250), labels.split(250))
+        images = [haste.to_images(haste.sample(model, *part, steps=50, mode=mode)) for part in parts]
+        images = torch.cat(images).cpu()
+        haste.write_grid(run / "samples" / f"{step:07d}.png", images[:20], 20)
+        reference = (x.numpy() for x in saved["reference"])
+        results[str(step)] = {"distance": frechet_distance(*statistics(judge, images), *reference),
+                              "right": judge.right(images, labels.cpu())}
+        write_json(told, results)
+
+
+def lines_of(run):
+    path = run / "metrics.jsonl"
+    return [json.loads(x) for x in path.read_text().splitlines() if x.endswith("}")] if path.is_file() else []
+
+
+def judged(run):
+    return read_json(run / "judged.json") if (run / "judged.json").is_file() else {}
+
+
+def contend_alone(job, threads, gpu):
+    """contend(*job) in a process of its own, its words in a file."""
+    job[0].mkdir(parents=True, exist_ok=True)
+    with open(job[0] / "log.txt", "a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    torch.set_num_threads(threads)
+    os.environ["LOCAL_RANK"] = str(gpu)
+    contend(*job)
+
+
+def run_all(jobs, at_once, caught):
+    """Runs contend(*job) for each job, so many at once; the bar counts each step twice, trained and judged.
+    Returns AGAIN where a signal stopped it. Raises Failure."""
+    spawn, threads = multiprocessing.get_context("spawn"), max(1, os.cpu_count() // at_once)
+    waiting, running, shown = list(jobs), {}, set()     # running: {number of the GPU: (run, process)}
+    last = haste.parse(jobs[0][1]).max_train_steps
+    bar = tqdm(total=2 * last * len(jobs), unit=" steps", dynamic_ncols=True)
+    try:
+        while (waiting or running) and not caught:
+            while waiting and len(running) < at_once:
+                slot = min(set(range(at_once)) - running.keys())
+                job = waiting.pop(0)
+                running[slot] = job[0], spawn.Process(target=contend_alone, args=(job, threads, slot))
+                running[slot][1].start()
+            time.sleep(1)
+            done = 0
+            for run, *_ in jobs:
+                results = judged(run)
+                done += max([0, *(x["step"] for x in lines_of(run)[-1:])]) + max(map(int, [0, *results]))
+                for step in sorted(results, key=int):
+                    if (run, step) not in shown:
+                        shown.add((run, step))
+                        bar.write(f"{run.parent.name} {run.name:9} step {step:>5}: distance "
+                                  f"{results[step]['distance']:6.3f}, {results[step]['right']:.0%} right")
+            bar.update(max(done - bar.n, 0))
+            for slot, (run, process) in list(running.items()):
+                if process.exitcode is not None:
+                    del running[slot]
+                    if process.exitcode and not caught:
+                        raise haste.Failure(f"a run ended with exit code {process.exitcode}, {run}/log.txt "
+                                            f"says why: the same command goes on")
+    finally:
+        bar.close()
+        for _, process in running.values():
+            process.terminate()     # a run that trains makes a checkpoint first
+            process.join()
+    return haste.AGAIN if caught else None
+
+
+def contest(args, given):
+    """haste.py --demo --compare: trains VARIANTS from the same weights, with the same batches and noise, has
+    the judge measure samples of each on the way, and writes compare.json, a table, and pictures."""
+    if args.model.startswith("MMDiT"):
+        raise BadInput("--compare draws labels: choose a SiT or a DiT")
+    home, patch = Path(args.output_dir) / args.exp_name, haste.look_up(args.model)[1]
+    common = [*f"--model {args.model} --output-dir {args.output_dir} --data-dir {home}/data "
+               f"--teacher {home}/teacher.pt {PROTOCOL}".split(), *given]
+    last = haste.parse(common).max_train_steps
+    common += ["--checkpointing-steps", str(max(1, last // MEASURED))]
+    seeds = range(args.seed, args.seed + (args.seeds or 1))
+    protocol = {"flags": common, "variants": VARIANTS, "data": args.data_dir or "letters",
+                "judged": f"at most {DRAWN} EMA samples, 50 steps, no guidance"}
+    with haste.exclusive(home):
+        if (home / "protocol.json").is_file() and read_json(home / "protocol.json") != protocol:
+            raise BadInput(f"{home} holds a comparison with other flags: name another --exp-name")
+
+        # --- data, teacher, judge
+        ((images, labels, masks), judges, rest), classes = three_parts(args.data_dir)
+        haste.write_images(home / "train", images, labels, classes=classes)
+        write_json(home / "protocol.json", protocol)
+        haste.prepare(haste.parse([*f"--prepare {home}/train --data-dir {home}/data --vae none".split(),
+                                   "--resolution", str(images.shape[-1])]))
+        if not (home / "teacher.pt").is_file():
+            haste.fit_teacher(home / "teacher.pt", images, labels, masks, patch)
+        if not (home / "judge.pt").is_file():
+            judge = fit_judge(*judges[:2], len(classes))
+            a, b = (half[:min(DRAWN, len(rest[0]) // 2)] for half in rest[0].chunk(2))
+            reference, other = statistics(judge, a), statistics(judge, b)
+            state = {"model": judge.state_dict(), "reference": [torch.from_numpy(x) for x in reference],
+                     "n": len(a), "classes": len(classes), "right": judge.right(*rest[:2]),
+                     "floor": frechet_distance(*other, *reference)}
+            write_file(home / "judge.pt", lambda f: torch.save(state, f))
+
+        # --- the runs: those that measure angles take longest, and go first
+        runs = {(name, seed): home / f"seed{seed}" / name for seed in seeds for name in VARIANTS}
+        jobs = []
+        for (name, seed), run in reversed(runs.items()):
+            argv = [*common, *VARIANTS[name].split(), "--seed", str(seed),
+                    "--exp-name", f"{args.exp_name}/seed{seed}/{name}"]
+            print("$ python haste.py", shlex.join(argv))
+            jobs.append((run, argv, home / "judge.pt"))
+        on_gpu = haste.setup(haste.parse(common))[2].type == "cuda"
+        with haste.stop_signals() as caught:
+            if code := run_all(jobs, torch.cuda.device_count() if on_gpu else os.cpu_count(), caught):
+                print("stopped: the same command goes on")
+                return code
+        report(home, runs, protocol, rest[0])
+
+
+def report(home, runs, protocol, real):
+    """Writes compare.json, prints its table, and draws samples at equal steps, and the curves."""
+    saved, results, angles, stopped = haste.load_file(home / "judge.pt"), {}, {}, {}
+    for (name, seed), run in runs.items():
+        results.setdefault(name, {})[seed] = judged(run)
+        if name == "never":
+            angles[seed] = [line for line in lines_of(run) if "cosine" in line]
+        if name == "auto":
+            stopped[seed] = haste.load_file(max((run / "checkpoints").glob("*.pt")))["tau"]
+    write_json(home / "compare.json", {
+        "protocol": protocol, "floor": saved["floor"], "judge_right": saved["right"], "runs": results,
+        "auto_stopped_at": stopped, "angles": angles})
+
+    # --- the table: means, and standard deviations, over seeds
+    seeds, steps = list(stopped), list(results["plain"][min(stopped)])
+
+    def over_seeds(name, step, what):
+        x = np.array([results[name][seed][step][what] for seed in seeds])
+        return x.mean(), x.std(ddof=min(1, len(x) - 1))
+
+    def cell(name, step):
+        (d, d_sd), (r, r_sd) = (over_seeds(name, step, what) for what in ("distance", "right"))
+        if len(seeds) == 1:
+            return f"{d:.2f}, {r:.0%}"
+        return f"{d:.2f} ± {d_sd:.2f}, {100 * r:.0f} ± {100 * r_sd:.0f}%"
+
+    rows = [["steps", *VARIANTS], (1 + len(VARIANTS)) * ["---"]]
+    rows += [[step, *(cell(name, step) for name in VARIANTS)] for step in steps]
+    print("\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
+    print(f"\nFrechet distance of samples, and the share that the judge reads right; seeds {seeds}. Of real "
+          f"images: {saved['floor']:.3f}, {saved['right']:.0%}. auto stopped at {stopped}")
+
+    # --- the pictures
+    step = steps[len(steps) // 3]
+    drawn = [(f"{name}, seed {seeds[0]}, step {step}: {cell(name, step)}",
+              runs[name, seeds[0]] / "samples" / f"{int(step):07d}.png") for name in VARIANTS]
+    write_rows(home / "samples.png", [("real", real)] + [
+        (caption, torch.tensor(haste.to_array(Image.open(path)))) for caption, path in drawn])
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print(f"{home}/samples.png, compare.json; the curves need matplotlib: pip install matplotlib")
+    figure = Figure((15, 4.5), layout="constrained")
+    distance, right, angle = figure.subplots(1, 3)
+    x = [int(step) for step in steps]
+    for axis, what in (distance, "distance"), (right, "right"):
+        for name in VARIANTS:
+            mean, sd = np.array([over_seeds(name, step, what) for step in steps]).T
+            axis.errorbar(x, mean, sd, capsize=3, label=name)
+        axis.set(xlabel="step", title=f"{what} of the samples")
+    distance.set_yscale("log")
+    distance.axhline(saved["floor"], color="grey", linestyle=":", label="real images")
+    distance.legend()
+    for key in ("cosine", *(f"cosine_t{t}" for t in haste.TRIGGER_TIMES)):
+        curves = np.array([[line[key] for line in angles[seed]] for seed in seeds]).reshape(len(seeds), -1)
+        angle.plot([line["step"] for line in angles[seeds[0]]], curves.mean(0), label=key,
+                   linewidth=3 if key == "cosine" else 1)
+    angle.axhline(-0.05, color="grey", linestyle=":")
+    angle.set(xlabel="step", title="cosine of alignment's and denoising gradient (never)")
+    angle.legend()
+    write_file(home / "compare.png", lambda f: figure.savefig(f, format="png", dpi=80))
+    print(f"{home}/compare.png, samples.png, compare.json")
+
+
+# ---- 9. The command line -----------------------------------------------------------------------------------
 
 DRAWING = {"num_samples", "mode", "num_steps", "cfg_scale", "guidance_low", "guidance_high", "balanced",
            "seed", "precision", "model", "vae", "save_npz", "save_every", "captions_from"}

@@ -11,9 +11,9 @@
     python haste.py --model SiT-B/2 --gradient-accumulation-steps 4       # one GPU
     torchrun --nproc_per_node=8 haste.py --model SiT-XL/2 --tau 250000    # eight GPUs: the paper's run
 
-The same command starts a run and resumes it. Sections 1 to 5 are the paper, 8 is the training loop; the rest is
-what a run needs besides: data, files, pictures, faults, flags. DiT and MM-DiT, the paper's other backbones, are
-section 11, which a reader who wants SiT alone can skip: all before it is said for SiT.
+The same command starts a run and resumes it. Sections 1 to 5 are the paper, 8 is the training loop; the
+rest is what a run needs besides: data, files, pictures, faults, flags. DiT and MM-DiT, the paper's other
+backbones, are section 11, which a reader who wants SiT alone can skip: all before it is said for SiT.
 
     paper     here       shape                  what it is
     x_0       x0         (B, C, S, S)           the clean sample: a VAE latent, or pixels in [-1, 1]
@@ -249,6 +249,12 @@ class Backbone(nn.Module):
         return (v, z, [kept[i] for i in self.attention_blocks]) if align else v
 
 
+def xavier(module):
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.xavier_uniform_(module.weight.flatten(1))
+        nn.init.zeros_(module.bias)
+
+
 def build_projector(dim, projector_dim, teacher_dim):
     return nn.Sequential(
         nn.Linear(dim, projector_dim), nn.SiLU(),
@@ -273,15 +279,15 @@ class SiT(Backbone):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(depth))
-        self.projectors = nn.ModuleList([build_projector(hidden_size, projector_dim, teacher_dim)])
+        with torch.random.fork_rng(devices=()):     # the rest starts the same whatever the teacher's width
+            self.projectors = nn.ModuleList([build_projector(hidden_size, projector_dim, teacher_dim)])
+            self.projectors.apply(xavier)
         self.final_layer = FinalLayer(hidden_size, patch_size ** 2 * self.outputs * in_channels)
         self.initialize_weights()
 
     def initialize_weights(self):
-        for m in self.modules():
-            if isinstance(m, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(m.weight.flatten(1))
-                nn.init.zeros_(m.bias)
+        for part in (self.x_embedder, self.t_embedder, self.blocks, self.final_layer):
+            part.apply(xavier)
         for m in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(m.weight, std=0.02)
         for m in [*self.blocks, self.final_layer]:      # adaLN-Zero: each block starts as the identity
@@ -1550,9 +1556,9 @@ def render_glyphs(n, seed):
     return torch.from_numpy(np.stack(images)), torch.from_numpy(labels), torch.from_numpy(np.stack(masks))
 
 
-def write_images(folder, images, labels, captions=()):
+def write_images(folder, images, labels, captions=(), classes=LETTERS):
     for i, (image, label) in enumerate(zip(images, labels)):
-        path = folder / LETTERS[label] / f"{i:04d}.png"
+        path = folder / classes[label] / f"{i:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
         if captions:
@@ -1575,29 +1581,40 @@ def fit(net, loss_of, inputs, steps, title):
     return net.eval().requires_grad_(False)
 
 
-def fit_teacher(path, images, labels, masks):
-    """A ViT of 4 blocks learns to say of each pixel to which letter, or to none, it belongs."""
+def fit_teacher(path, images, labels, masks, patch=PATCH):
+    """A ViT of 4 blocks learns to say of each pixel, masks (n, R, R), to which class, or none, it belongs."""
     torch.manual_seed(0)
-    config = dict(img_size=GLYPH, patch_size=PATCH, embed_dim=96, depth=4, num_heads=4, num_classes=0)
-    vit, kinds, side = VisionTransformer(**config), 1 + len(LETTERS), GLYPH // PATCH
-    head, normal = nn.Linear(96, PATCH ** 2 * kinds), Teacher(copy.deepcopy(vit), (), side)
+    R, kinds = images.shape[-1], 2 + int(labels.max())
+    config = dict(img_size=R, patch_size=patch, embed_dim=96, depth=4, num_heads=4, num_classes=0)
+    vit, side = VisionTransformer(**config), R // patch
+    head, normal = nn.Linear(96, patch ** 2 * kinds), Teacher(copy.deepcopy(vit), (), side)
 
     def pixel_loss(x, y, mask):
         tokens = vit.forward_features((x - normal.mean) / normal.std)[:, 1:]
-        kind = (mask > 0.5) * (1 + y[:, None, None])                                        # (B, 24, 24)
-        kind = kind.reshape(-1, side, PATCH, side, PATCH).transpose(2, 3).flatten()         # patch by patch
+        kind = (mask > 0.5) * (1 + y[:, None, None])                                        # (B, R, R)
+        kind = kind.reshape(-1, side, patch, side, patch).transpose(2, 3).flatten()         # patch by patch
         return F.cross_entropy(head(tokens).reshape(-1, kinds), kind)
 
     fit(nn.ModuleList([vit, head]), pixel_loss, (images, labels, masks), 400, "the demo's teacher")
     write_file(path, lambda f: torch.save({"config": config, "model": vit.state_dict()}, f))
 
 
+def without(argv, *names):
+    """The flags without these and the value of each."""
+    kept = zip(argv, ["", *argv])
+    return [a for a, before in kept if a.split("=")[0] not in names and before not in names]
+
+
 def demo(args, given):
     """--demo: draws letters, fits a teacher, then runs ordinary commands; other flags go to the training."""
+    if args.compare:
+        import evaluate
+        ours = "--model", "--seeds", "--seed", "--exp-name", "--data-dir"
+        return evaluate.contest(args, without(given, *ours))
     kind, _, _ = args.model.partition("-")
     name, mode = "demo" if kind == "SiT" else f"demo-{kind}", "ddpm" if kind == "DiT" else "sde"
     home, render = Path(args.output_dir) / name, captioned_glyphs if kind == "MMDiT" else render_glyphs
-    given = [a for i, a in enumerate(given) if "--model" not in (a.split("=")[0], *given[max(0, i - 1):i])]
+    given = without(given, "--model")
     images, labels, masks, *captions = render(4000, seed=0)
     write_images(home / "glyphs", images, labels, *captions)
     if not (home / "teacher.pt").is_file():
@@ -2073,8 +2090,13 @@ def parse(argv):
     flag("--sample", metavar="CKPT", help="draw --labels, or --captions, from a checkpoint's EMA")
     flag("--bench", action="store_true", help="time --model: plain, phase I, phase II, and sampling")
 
+    flag = parser.add_argument_group("--demo").add_argument
+    flag("--compare", action="store_true", help="plain, REPA, attention and HASTE, side by side, on letters "
+         "or on --data-dir")
+    flag("--seeds", type=count, metavar="K", help="--compare: as many runs of each, from --seed on [1]")
+
     flag = parser.add_argument_group("data").add_argument
-    flag("--data-dir", default="data/imagenet256", help="what --prepare, or REPA, wrote [%(default)s]")
+    flag("--data-dir", help="what --prepare, or REPA, wrote [data/imagenet256]")
     flag("--resolution", type=count, help="of the images [--prepare: 256; training: the dataset's own]")
     flag("--vae", metavar="NAME_OR_PATH",
          help=f"AutoencoderKL of diffusers, or `none` for pixels [{VAE_ENCODER}; to draw, {VAE_DECODER}]")
@@ -2139,11 +2161,14 @@ def parse(argv):
     args.model = args.model or ("SiT" if args.demo else "SiT-XL/2")
     if args.demo and args.model in KINDS:
         args.model = f"{args.model}-XS/{PATCH}"
+    if args.compare and not args.demo or args.seeds and not args.compare:
+        raise BadInput("--compare goes with --demo, and --seeds with both: leave them out, or say --demo")
     if args.model not in NAMES:
         raise BadInput(f"unknown model {args.model!r}: choose one of {', '.join(NAMES)}")
     if (args.captions or args.text_encoder) and not (args.prepare or args.sample):
         raise BadInput("--captions and --text-encoder go with --prepare or --sample: leave them out")
-    args.exp_name = args.exp_name or args.model.replace("/", "-")
+    args.exp_name = args.exp_name or ("compare" if args.compare else args.model.replace("/", "-"))
+    args.data_dir = args.data_dir or (None if args.compare else "data/imagenet256")
     return args
 
 
@@ -2152,7 +2177,7 @@ def main(argv=None):
     try:
         args = parse(argv)
         if args.demo:
-            code = demo(args, [a for a in argv if a != "--demo"])
+            code = demo(args, [a for a in argv if a not in ("--demo", "--compare")])
         else:
             task = prepare if args.prepare else sample_from if args.sample else bench if args.bench else train
             code = task(args)
@@ -2176,4 +2201,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.modules["haste"] = sys.modules["__main__"]      # evaluate.py imports this module, not a second one
     main()
