@@ -4,8 +4,9 @@ import argparse
 import json
 import math
 import os
-import shlex
+import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -2379,3 +2380,99 @@ def test_a_disk_too_small_for_the_samples_is_said_at_once(tiny, mess, tmp_path, 
     keep = "--save-npz", tmp_path / "s.npz", "--num-samples", 2_000_000
     said = refusal(capsys, "--ckpt", mess / "run.pt", "--ref", mess / "good.npz", *keep)
     assert "0.8 GB" in said and "0.7 GB are free" in said and not list(tmp_path.iterdir())
+
+
+# ---- 14. The comparison: haste.py --demo --compare ---------------------------------------------------------
+
+def test_initial_weights_are_a_function_of_the_seed_whatever_the_teachers_width():
+    for make in (tiny_sit, tiny_dit):
+        a, b = (make(**sizes).state_dict() for sizes in ({}, {"teacher_dim": 40, "projector_dim": 8}))
+        assert a.keys() == b.keys()
+        assert all(same(a[k], b[k]) for k in a if not k.startswith("projectors."))
+
+
+@pytest.fixture
+def contest(world, tmp_path, monkeypatch):
+    """contest(*flags): the comparison on the world's squares, 10 steps a run, in this process; returns its folder."""
+    fit = haste.fit
+    monkeypatch.setattr(haste, "fit", lambda net, loss, inputs, steps, title: fit(net, loss, inputs, 3, title))
+    monkeypatch.setattr(evaluate, "run_all", lambda jobs, at_once, caught: [evaluate.contend(*job) for job in jobs] and None)
+
+    def run(*flags):
+        haste.main(["--demo", "--compare", "--data-dir", f"{world}/data", "--model", "SiT-XS/2", "--output-dir", str(tmp_path),
+                    "--max-train-steps", "10", "--tau", "4", "--tau-from", "2", "--tau-every", "2", "--tau-images", "6",
+                    "--batch-size", "8", "--log-every", "1", *flags])
+        return tmp_path / "compare"
+    return run
+
+
+def test_the_comparison_starts_all_alike_and_differs_in_the_alignment_alone(contest, tmp_path, capsys):
+    home = contest("--seeds", "2", "--seed", "3")
+    told = json.loads((home / "compare.json").read_text())
+    assert list(told["runs"]) == ["plain", "REPA", "attention", "never", "HASTE", "auto"] and told["floor"] > 0
+    assert all(list(of) == ["3", "4"] and list(of["4"]) == ["2", "4", "6", "8", "10"] for of in told["runs"].values())
+    out = capsys.readouterr().out
+    table = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("| ")]
+    assert len(table) == 7 and "±" in table[2][1]
+    first = [told["runs"]["plain"][seed]["2"]["distance"] for seed in "34"]
+    assert table[2][1].split(",")[0].split() == [f"{np.mean(first):.2f}", "±", f"{np.std(first, ddof=1):.2f}"]
+
+    def lines(name):
+        return [line for line in metrics(tmp_path, f"compare/seed3/{name}") if "loss" in line]
+
+    names = list(told["runs"])
+    weights = {name: [checkpoint(tmp_path, s, f"compare/seed3/{name}")["ema"] for s in (2, 4, 6)] for name in names}
+    assert len({lines(name)[0]["loss_diff"] for name in names}) == 1        # the same weights, batch and noise
+    assert same(weights["never"][:2], weights["HASTE"][:2]) and not same(weights["never"][2], weights["HASTE"][2])
+    assert len({lines(name)[4]["loss_diff"] for name in names[:4]}) == 4    # four ways to align
+    assert [line["phase"] for line in lines("HASTE")] == [1] * 4 + [2] * 6 and {x["phase"] for x in lines("plain")} == {2}
+    assert [a["step"] for a in told["angles"]["3"]] == [2, 4, 6, 8]         # "never" goes on measuring
+    fired = [a["step"] for a in told["angles"]["3"] if a["cosine"] < -0.05]
+    assert told["auto_stopped_at"]["3"] == (fired[0] if fired else None)
+
+    # said again it does nothing anew, and with more seeds only these; with other flags, it is refused
+    before = {p: p.stat().st_mtime_ns for p in home.rglob("*.pt")}
+    contest("--seeds", "3", "--seed", "3")
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    again = json.loads((home / "compare.json").read_text())["runs"]
+    assert {name: {s: of[s] for s in "34"} for name, of in again.items()} == told["runs"] and "5" in again["HASTE"]
+    with pytest.raises(SystemExit) as stop:
+        contest("--learning-rate", "0.1")
+    assert stop.value.code == 2 and "other flags" in capsys.readouterr().err
+
+
+def test_what_is_held_back_is_not_trained_on(world):
+    for where in (None, world / "data"):
+        (train, judges, rest), classes = evaluate.three_parts(where)
+        seen, kept = ({image.numpy().tobytes() for image in part[0]} for part in (train, rest))
+        assert not seen & kept and len(kept) == (2000 if where is None else 10) and train[0].dtype == torch.uint8
+        assert (set(train[1].tolist()) | set(rest[1].tolist())) <= set(range(len(classes)))
+    assert not seen & {image.tobytes() for image in haste.render_glyphs(50, 1)[0].numpy()}
+
+
+def test_the_judges_floor_is_the_distance_of_real_images_from_real_images(contest):
+    home = contest()
+    saved, told = haste.load_file(home / "judge.pt"), json.loads((home / "compare.json").read_text())
+    judge = evaluate.Judge(4).eval()
+    judge.load_state_dict(saved["model"])
+    (_, _, rest), _ = evaluate.three_parts(told["protocol"]["data"])
+    with torch.no_grad():
+        a, b = ((x.mean(0).numpy(), x.T.cov().numpy()) for x in (judge(half)[0].double() for half in rest[0].split(5)))
+    want = evaluate.frechet_distance(*a, *b)
+    assert told["floor"] == pytest.approx(want, rel=1e-6) and saved["n"] == 5
+
+
+def test_a_run_of_the_comparison_that_fails_is_named_with_its_log(tmp_path):
+    jobs = [(tmp_path / name, ["--data-dir", f"{tmp_path}/none"], tmp_path / "judge.pt") for name in "ab"]
+    with pytest.raises(haste.Failure, match=r"exit code 2, .*/log.txt says why"):
+        evaluate.run_all(jobs, 2, [])
+    assert "is empty or missing" in (tmp_path / "a" / "log.txt").read_text() + (tmp_path / "b" / "log.txt").read_text()
+    assert evaluate.run_all(jobs, 2, [signal.SIGTERM]) == haste.AGAIN       # asked to stop, it starts none
+
+
+def test_mistakes_in_a_comparison(world, tmp_path, capsys):
+    for argv, why in ((["--compare"], "goes with --demo"), (["--demo", "--seeds", "2"], "leave them out"),
+                      (["--demo", "--compare", "--model", "MMDiT", "--output-dir", tmp_path], "choose a SiT or a DiT"),
+                      (["--demo", "--compare", "--data-dir", tmp_path, "--output-dir", tmp_path / "o"], "holds no dataset|is empty")):
+        assert re.search(why, complaint(capsys, argv))
+    assert not (tmp_path / "o").exists()
