@@ -29,6 +29,7 @@ backbones, are section 11, which a reader who wants SiT alone can skip: all befo
 import argparse
 import contextlib
 import copy
+import ctypes
 import functools
 import gc
 import hashlib
@@ -48,6 +49,8 @@ from datetime import timedelta
 from pathlib import Path
 
 os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")     # torch.hub, too, unpickles nothing
+if "RANK" in os.environ and sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # torchrun, killed outright, takes its processes along
 
 import numpy as np
 import timm
@@ -419,7 +422,7 @@ class CrossEntropyOfMaps(torch.autograd.Function):
     """(q, k) (G, N, head_dim) of student and teacher -> the mean cross-entropy of the rows of their G maps.
 
     The gradient by the student's logits is A^S - A^T. It is taken on the way, from a piece of the maps at a
-    time, so that memory is linear in N; and autograd, which would keep the maps, is slower at N = 256, too."""
+    time: so memory is linear in N, and autograd, which would keep the maps, is slower even at N = 256."""
 
     @staticmethod
     def forward(ctx, q, k, q_t, k_t):

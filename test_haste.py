@@ -735,6 +735,17 @@ def test_killed_and_started_again_with_the_same_command_it_ends_the_same(world, 
     assert same(whole["model"], resumed["model"]) and same(whole["ema"], resumed["ema"]) and same(whole["opt"], resumed["opt"])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's death")
+def test_torchrun_killed_outright_takes_its_processes_along(world, tmp_path):
+    job = launch(flags(world, tmp_path, max_train_steps=10 ** 6, tau=0), 2)
+    while not (tmp_path / "run" / "metrics.jsonl").is_file():
+        assert job.poll() is None, job.stderr.read()
+    job.kill()
+    job.communicate(timeout=20)         # its processes hold the other end of the pipe
+    with haste.exclusive(tmp_path / "run"):      # and no longer the lock
+        pass
+
+
 def test_two_processes_do_what_one_does_with_the_same_global_batch(world, tmp_path):
     more = dict(tau="auto", tau_from=1, tau_every=2, tau_images=13, tau_cosine=-1, max_train_steps=4)
     late = dict(max_train_steps=8, tau=4)
