@@ -1012,7 +1012,7 @@ def bench(args):
 # does, and never heeds it: no cosine lies below -1.
 VARIANTS = {"plain": "--tau 0", "REPA": "--tau never --lambda-a 0", "attention": "--tau never --lambda-r 0",
             "never": "--tau auto --tau-cosine -1", "HASTE": "", "auto": "--tau auto"}
-PROTOCOL = ("--batch-size 64 --learning-rate 2e-3 --ema-decay 0.999 --max-train-steps 1500 --tau 750 "
+PROTOCOL = ("--batch-size 64 --learning-rate 2e-3 --ema-decay 0.99 --max-train-steps 1500 --tau 750 "
             "--tau-from 150 --tau-every 150 --tau-images 256 --log-every 50 --sampling-steps 0 "
             "--num-workers 0")
 MEASURED, DRAWN = 5, 1000       # times in a run, and at most so many samples each time
@@ -1080,6 +1080,11 @@ def judged(run):
     return read_json(run / "judged.json") if (run / "judged.json").is_file() else {}
 
 
+def how_far(run):
+    """Steps trained, and as many again when they are judged."""
+    return sum(line["step"] for line in lines_of(run)[-1:]) + max(map(int, judged(run)), default=0)
+
+
 def contend_alone(job, threads, gpu):
     """contend(*job) in a process of its own, its words in a file."""
     job[0].mkdir(parents=True, exist_ok=True)
@@ -1097,7 +1102,8 @@ def run_all(jobs, at_once, caught):
     spawn, threads = multiprocessing.get_context("spawn"), max(1, os.cpu_count() // at_once)
     waiting, running, shown = list(jobs), {}, set()     # running: {number of the GPU: (run, process)}
     last = haste.parse(jobs[0][1]).max_train_steps
-    bar = tqdm(total=2 * last * len(jobs), unit=" steps", dynamic_ncols=True)
+    bar = tqdm(total=2 * last * len(jobs), initial=sum(how_far(run) for run, *_ in jobs), unit=" steps",
+               dynamic_ncols=True)
     try:
         while (waiting or running) and not caught:
             while waiting and len(running) < at_once:
@@ -1106,16 +1112,13 @@ def run_all(jobs, at_once, caught):
                 running[slot] = job[0], spawn.Process(target=contend_alone, args=(job, threads, slot))
                 running[slot][1].start()
             time.sleep(1)
-            done = 0
             for run, *_ in jobs:
-                results = judged(run)
-                done += max([0, *(x["step"] for x in lines_of(run)[-1:])]) + max(map(int, [0, *results]))
-                for step in sorted(results, key=int):
+                for step, result in judged(run).items():
                     if (run, step) not in shown:
                         shown.add((run, step))
                         bar.write(f"{run.parent.name} {run.name:9} step {step:>5}: distance "
-                                  f"{results[step]['distance']:6.3f}, {results[step]['right']:.0%} right")
-            bar.update(max(done - bar.n, 0))
+                                  f"{result['distance']:6.2f}, {result['right']:.0%} right")
+            bar.update(max(sum(how_far(run) for run, *_ in jobs) - bar.n, 0))
             for slot, (run, process) in list(running.items()):
                 if process.exitcode is not None:
                     del running[slot]
