@@ -719,7 +719,8 @@ def launch(argv, processes=0, **popen):
     """haste.py as a user starts it, with torchrun where processes are asked for."""
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else [sys.executable]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*run, HASTE, *map(str, argv)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*run, HASTE, *map(str, argv)], env=env, text=True, **pipes | popen)
 
 
 def test_killed_and_started_again_with_the_same_command_it_ends_the_same(world, tmp_path):
@@ -1010,7 +1011,8 @@ def test_killed_at_any_instant_it_ends_the_same(world, tmp_path, processes, kill
 
 @pytest.mark.slow
 def test_memory_files_and_threads_are_flat_over_3000_steps(world, tmp_path):
-    run = launch(flags(world, tmp_path, max_train_steps=3000, tau=1500, checkpointing_steps=500, log_every=100, num_workers=1))
+    run = launch(flags(world, tmp_path, max_train_steps=3000, tau=1500, checkpointing_steps=500, log_every=100, num_workers=1),
+                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)      # a pipe that nobody reads fills up
     seen = []
     while run.poll() is None:
         lines = metrics(tmp_path) if (tmp_path / "run" / "metrics.jsonl").is_file() else []
@@ -1021,7 +1023,7 @@ def test_memory_files_and_threads_are_flat_over_3000_steps(world, tmp_path):
         except (OSError, IndexError):
             break
         time.sleep(0.5)
-    finish(run, 0)
+    assert run.wait() == 0
     early = max(rss for step, rss, _, _ in seen if 100 < step <= 500)
     assert max(rss for step, rss, _, _ in seen if step > 500) < 1.02 * early
     for phase in (range(100, 1400), range(1700, 2900)):
