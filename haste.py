@@ -985,7 +985,7 @@ def digest(f, size):
     """The SHA-256 of the first `size` bytes of an open file."""
     sha256 = hashlib.sha256()
     f.seek(0)
-    while size > 0 and (data := f.read(min(size, 2 ** 24))):
+    while size > 0 and (data := f.read(min(size, 2 ** 20))):
         sha256.update(data)
         size -= len(data)
     return sha256.hexdigest().encode()
