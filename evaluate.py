@@ -13,12 +13,15 @@
 REF is what openai/guided-diffusion published (VIRTUAL_imagenet256_labeled.npz), which DiT, SiT, REPA and
 HASTE report with; so is the protocol. Samples are measured as they are drawn: none need be kept.
 """
+import ctypes
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 import zipfile
@@ -319,7 +322,7 @@ def size_of(shape):
     return f"{shape[2]} x {shape[1]}"       # (n, H, W, ...): width first, as people say it
 
 
-def open_images(path, what="samples"):
+def open_images(path):
     """The images at path, as a dataset that gives (B, 3, H, W) uint8 for a range of rows. Raises BadInput."""
     path = Path(path)
     if path.is_dir():
@@ -377,10 +380,8 @@ class Generated:
         self.captions = self.open_captions() if isinstance(self.model, haste.MMDiT) else None
         if args.cfg_scale != 1:
             self.model.null_label       # raises BadInput for a model that has none
-        encoder = made.get("vae", haste.VAE_ENCODER)
-        self.vae = haste.load_decoder(encoder, args, device)
-        default = haste.VAE_DECODER if encoder == haste.VAE_ENCODER else encoder
-        self.vae_name = (args.vae or default) if self.vae else "none: pixels"
+        self.vae_name = haste.decoder_of(made.get("vae", haste.VAE_ENCODER), args.vae) or "none: pixels"
+        self.vae = haste.load_decoder(made.get("vae", haste.VAE_ENCODER), args, device)
         self.model.to(device)
         self.scale = made.get("scale", haste.VAE_SCALE)
         try:
@@ -430,8 +431,7 @@ class Generated:
         keys = np.random.SeedSequence((args.seed, rows.start)).generate_state(2, np.uint64) >> np.uint64(1)
         noise = haste.seeded_noise(self.model, len(rows), int(keys[0]), self.device)
         torch.manual_seed(int(keys[1]))      # of the SDE: the same key would bring the same numbers again
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision)
-        with torch.autocast(self.device.type, half, enabled=half is not None):
+        with haste.autocast(args.precision, self.device)():
             x = haste.sample(self.model, noise, labels, args.num_steps, args.cfg_scale,
                              (args.guidance_low, args.guidance_high), args.mode)
         return self.decode(x)
@@ -571,7 +571,7 @@ def must_be_writable(path):
         part.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "ab"):
             pass
-        part.unlink()
+        part.unlink(missing_ok=True)      # another process may have been faster
         if Path(path).is_dir():
             raise IsADirectoryError("it is a folder")
     except OSError as e:
@@ -653,7 +653,7 @@ class Outputs:
         states = []
         if args.ckpt:
             facts = [protocol, bool(left_out), world, device.type, args.save_npz,
-                     *(stamp(path) for path in (args.ckpt, args.vae or "", args.inception or ""))]
+                     *(path and stamp(path) for path in (args.ckpt, args.vae, args.inception))]
             if args.captions_from:
                 facts.append(stamp(Path(args.captions_from) / "dataset.json"))
             key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
@@ -785,7 +785,8 @@ class Judge(nn.Module):
 
     def right(self, images, labels):
         """The share of images that it reads as their labels."""
-        return (self(images)[1].argmax(1) == labels).float().mean().item()
+        read = torch.cat([self(part)[1].argmax(1) for part in images.split(250)])
+        return (read == labels).float().mean().item()
 
 
 def fit_judge(images, labels, classes):
@@ -809,7 +810,7 @@ def write_rows(path, rows):
 
 
 @torch.no_grad()
-def judge_letters(home, checkpoints, tau, mode, render):
+def judge_letters(home, checkpoints, mode, render):
     """Prints how many letters the judge reads right, real and each checkpoint's, and draws home/demo.png."""
     classes, (real, of, _, *captions) = len(haste.LETTERS), render(500, seed=2)
     with torch.enable_grad():
@@ -823,11 +824,12 @@ def judge_letters(home, checkpoints, tau, mode, render):
             wanted = of[:100]
             labels = haste.load_text_encoder(made["text_encoder"], "cpu")(captions[0][:100])
         noise = haste.seeded_noise(model, len(wanted), 0, "cpu")
-        torch.manual_seed(0)
+        torch.manual_seed(1)
         drawn = haste.to_images(haste.sample(model, noise, labels, steps=50, cfg_scale=2.0, mode=mode))
-        phase = "II" if isinstance(tau, int) and int(path.stem) > tau else "I"
-        score = judge.right(drawn, wanted)
-        rows.append((f"step {int(path.stem)}, phase {phase}: the judge reads {score:.0%} right", drawn))
+        step, tau = int(path.stem), haste.load_file(path)["tau"]
+        phase = "I" if tau is None or step <= tau else "II"
+        right = judge.right(drawn, wanted)
+        rows.append((f"step {step}, phase {phase}: the judge reads {right:.0%} right", drawn))
     print("\n".join(caption for caption, _ in rows))
     write_rows(home / "demo.png", rows)
     print(f"{home}/demo.png shows them; the metrics are in {home}/metrics.jsonl and {home}/metrics.json")
@@ -892,19 +894,21 @@ class Bench:
     def __init__(self, args, rank, world, device):
         self.args, self.device, self.cuda = args, device, device.type == "cuda"
         self.B, self.R = args.batch_size // world, args.resolution or 256
+        if args.batch_size % world or args.gradient_accumulation_steps > 1:
+            raise BadInput(f"--bench times a whole batch, in equal parts on {world} processes: choose "
+                           f"another --batch-size, and leave --gradient-accumulation-steps out")
         kind, patch, row = haste.look_up(args.model)
         S, n, blocks = self.R // 8, self.R // 8 // patch, args.teacher_blocks or row[4]
         self.plain_name = f"plain {kind.__name__}"
-        try:
-            with haste.first_on_node():
+        with haste.first_on_node():
+            try:
                 self.teacher = haste.load_teacher(args.teacher, n, blocks, args.teacher_repo)
-            self.shown = args.teacher
-        except BadInput:
-            vit = VisionTransformer(img_size=14 * n, patch_size=14, num_classes=0, init_values=1.0)
-            self.teacher, self.shown = haste.Teacher(vit, blocks, n), "a ViT-B/14 with random weights"
+                self.shown = args.teacher
+            except BadInput:
+                vit = VisionTransformer(img_size=14 * n, patch_size=14, num_classes=0, init_values=1.0)
+                self.teacher, self.shown = haste.Teacher(vit, blocks, n), "a ViT-B/14 with random weights"
         self.teacher.to(device)
         sizes = dict(input_size=S, teacher_dim=self.teacher.dim)
-        args.gradient_accumulation_steps = 1
         self.plain, self.ours = (
             haste.Learner(haste.build_model(args.model, kind=kind, **sizes).to(device), args, device)
             for kind in (type("PlainBackbone", (Plain, kind), {}), kind))
@@ -1032,6 +1036,8 @@ def three_parts(data_dir):
     order = np.random.default_rng(0).permutation(len(data))
     batches = [data[part, True] for part in np.split(order, [len(data) * 3 // 4])]
     train, rest = ((b["images"], b["labels"], torch.ones(b["images"][:, 0].shape)) for b in batches)
+    if missing := set(range(len(data.classes))) - set(train[1].tolist()):
+        raise BadInput(f"{data_dir}: three quarters of its images show none of class {min(missing)}")
     return [train, train, rest], [f"{c:05d}" for c in range(len(data.classes))]
 
 
@@ -1049,25 +1055,24 @@ def contend(run, argv, judge_file):
     with torch.enable_grad():
         haste.main(argv)
     args, told, saved = haste.parse(argv), run / "judged.json", haste.load_file(judge_file)
-    device, n, classes = haste.setup(args)[2], saved["n"], saved["classes"]
-    judge = Judge(classes).eval()
+    device, judge = haste.setup(args)[2], Judge(saved["classes"]).eval()
     judge.load_state_dict(saved["model"])
     results = read_json(told) if told.is_file() else {}
     for step in range(args.checkpointing_steps, args.max_train_steps + 1, args.checkpointing_steps):
         if str(step) in results:
             continue
         model, _ = haste.load_model(run / "checkpoints" / f"{step:07d}.pt", None)
-        noise = haste.seeded_noise(model.to(device), n, args.seed, device)
-        labels, has_heun = torch.arange(n, device=device) % classes, "heun" in haste.diffusion_of(model).modes
-        how = {"mode": "heun", "steps": 13} if has_heun else {"mode": "ddpm", "steps": 50}
-        torch.manual_seed(args.seed)
-        parts = zip(noise.split(250), labels.split(250))
+        noise = haste.seeded_noise(model.to(device), len(saved["labels"]), args.seed, device)
+        is_flow = haste.diffusion_of(model) is haste.Flow
+        how = {"mode": "heun", "steps": 13} if is_flow else {"mode": "ddpm", "steps": 50}
+        torch.manual_seed(args.seed + 1)
+        parts = zip(noise.split(250), saved["labels"].to(device).split(250))
         images = [haste.to_images(haste.sample(model, *part, **how)) for part in parts]
         images = torch.cat(images).cpu()
         haste.write_grid(run / "samples" / f"{step:07d}.png", images[:20], 20)
         reference = (x.numpy() for x in saved["reference"])
         results[str(step)] = {"distance": frechet_distance(*statistics(judge, images), *reference),
-                              "right": judge.right(images, labels.cpu())}
+                              "right": judge.right(images, saved["labels"])}
         write_json(told, results)
 
 
@@ -1086,7 +1091,9 @@ def how_far(run):
 
 
 def contend_alone(job, threads, gpu):
-    """contend(*job) in a process of its own, its words in a file."""
+    """contend(*job) in a process of its own, which ends with this one, its words in a file."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     job[0].mkdir(parents=True, exist_ok=True)
     with open(job[0] / "log.txt", "a") as log:
         os.dup2(log.fileno(), 1)
@@ -1096,12 +1103,14 @@ def contend_alone(job, threads, gpu):
     contend(*job)
 
 
-def run_all(jobs, at_once, caught):
-    """Runs contend(*job) for each job, so many at once; the bar counts each step twice, trained and judged.
-    Returns AGAIN where a signal stopped it. Raises Failure."""
-    spawn, threads = multiprocessing.get_context("spawn"), max(1, os.cpu_count() // at_once)
-    waiting, running, shown = list(jobs), {}, set()     # running: {number of the GPU: (run, process)}
-    last = haste.parse(jobs[0][1]).max_train_steps
+def run_all(jobs, last, on_gpu, caught):
+    """Runs contend(*job) for each job, to step `last`, as many at once as there are GPUs or cores; the bar
+    counts each step twice, trained and judged. Returns AGAIN where a signal stopped it. Raises Failure."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    at_once = torch.cuda.device_count() if on_gpu else cores
+    spawn, threads = multiprocessing.get_context("spawn"), max(1, cores // at_once)
+    waiting = [job for job in jobs if len(judged(job[0])) < MEASURED]
+    running, shown = {}, set()      # {number of the GPU: (run, process)}
     bar = tqdm(total=2 * last * len(jobs), initial=sum(how_far(run) for run, *_ in jobs), unit=" steps",
                dynamic_ncols=True)
     try:
@@ -1129,6 +1138,7 @@ def run_all(jobs, at_once, caught):
         bar.close()
         for _, process in running.values():
             process.terminate()     # a run that trains makes a checkpoint first
+        for _, process in running.values():
             process.join()
     return haste.AGAIN if caught else None
 
@@ -1138,66 +1148,73 @@ def contest(args, given):
     the judge measure samples of each on the way, and writes compare.json, a table, and pictures."""
     if args.model.startswith("MMDiT"):
         raise BadInput("--compare draws labels: choose a SiT or a DiT")
+    if any(name in given for name in ("--keep", "--checkpointing-steps")):
+        raise BadInput("--compare has checkpoints of its own: leave --keep and --checkpointing-steps out")
     home, patch = Path(args.output_dir) / args.exp_name, haste.look_up(args.model)[1]
-    common = [*f"--model {args.model} --output-dir {args.output_dir} --data-dir {home}/data "
-               f"--teacher {home}/teacher.pt {PROTOCOL}".split(), *given]
-    last = haste.parse(common).max_train_steps
-    common += ["--checkpointing-steps", str(max(1, last // MEASURED))]
-    seeds = range(args.seed, args.seed + (args.seeds or 1))
-    protocol = {"flags": common, "variants": VARIANTS, "data": args.data_dir or "letters",
-                "judged": f"at most {DRAWN} EMA samples, 25 evaluations (Heun; DiT: ddpm, 50), no guidance"}
+    common = ["--model", args.model, "--output-dir", args.output_dir, "--data-dir", f"{home}/data",
+              "--teacher", f"{home}/teacher.pt", *PROTOCOL.split(), *given]
+    settled = haste.parse(common)
+    last, on_gpu = settled.max_train_steps, haste.setup(settled)[2].type == "cuda"
+    if last % MEASURED:
+        raise BadInput(f"--max-train-steps {last} does not divide by {MEASURED}, the times that are measured")
+    common += ["--checkpointing-steps", str(last // MEASURED)]
+    protocol = {"flags": common, "variants": VARIANTS, "data": args.data_dir or "letters", "judged":
+                f"at most {DRAWN} EMA samples, 25 evaluations (Heun; DiT: ddpm, 50), no guidance"}
     with haste.exclusive(home):
+        ((images, labels, masks), judges, rest), classes = three_parts(args.data_dir)
         if (home / "protocol.json").is_file() and read_json(home / "protocol.json") != protocol:
             raise BadInput(f"{home} holds a comparison with other flags: name another --exp-name")
 
         # --- data, teacher, judge
-        ((images, labels, masks), judges, rest), classes = three_parts(args.data_dir)
-        haste.write_images(home / "train", images, labels, classes=classes)
         write_json(home / "protocol.json", protocol)
-        haste.prepare(haste.parse([*f"--prepare {home}/train --data-dir {home}/data --vae none".split(),
-                                   "--resolution", str(images.shape[-1])]))
+        haste.write_images(home / "train", images, labels, classes=classes)
+        haste.prepare(haste.parse(["--prepare", f"{home}/train", "--data-dir", f"{home}/data",
+                                   "--vae", "none", "--resolution", str(images.shape[-1])]))
+        haste.settle(settled, haste.Data(home / "data"), 1)
         if not (home / "teacher.pt").is_file():
             haste.fit_teacher(home / "teacher.pt", images, labels, masks, patch)
+        haste.load_teacher(settled.teacher, settled.grid, settled.teacher_blocks, settled.teacher_repo)
         if not (home / "judge.pt").is_file():
-            judge = fit_judge(*judges[:2], len(classes))
-            a, b = (half[:min(DRAWN, len(rest[0]) // 2)] for half in rest[0].chunk(2))
-            reference, other = statistics(judge, a), statistics(judge, b)
+            judge, n = fit_judge(*judges[:2], len(classes)), min(DRAWN, len(rest[0]) // 2)
+            reference, other = (statistics(judge, part) for part in rest[0][:2 * n].split(n))
             state = {"model": judge.state_dict(), "reference": [torch.from_numpy(x) for x in reference],
-                     "n": len(a), "classes": len(classes), "right": judge.right(*rest[:2]),
+                     "classes": len(classes), "labels": rest[1][:n], "right": judge.right(*rest[:2]),
                      "floor": frechet_distance(*other, *reference)}
             write_file(home / "judge.pt", lambda f: torch.save(state, f))
 
         # --- the runs: those that measure angles take longest, and go first
-        runs = {(name, seed): home / f"seed{seed}" / name for seed in seeds for name in VARIANTS}
+        runs = {(name, seed): home / f"seed{seed}" / name
+                for seed in range(args.seed, args.seed + (args.seeds or 1)) for name in VARIANTS}
         jobs = []
         for (name, seed), run in reversed(runs.items()):
             argv = [*common, *VARIANTS[name].split(), "--seed", str(seed),
                     "--exp-name", f"{args.exp_name}/seed{seed}/{name}"]
             print("$ python haste.py", shlex.join(argv))
             jobs.append((run, argv, home / "judge.pt"))
-        on_gpu = haste.setup(haste.parse(common))[2].type == "cuda"
         with haste.stop_signals() as caught:
-            if code := run_all(jobs, torch.cuda.device_count() if on_gpu else os.cpu_count(), caught):
+            if code := run_all(jobs, last, on_gpu, caught):
                 print("stopped: the same command goes on")
                 return code
-        report(home, runs, protocol, rest[0])
+        report(home, protocol, rest[0])
 
 
-def report(home, runs, protocol, real):
-    """Writes compare.json, prints its table, and draws samples at equal steps, and the curves."""
-    saved, results, angles, stopped = haste.load_file(home / "judge.pt"), {}, {}, {}
-    for (name, seed), run in runs.items():
-        results.setdefault(name, {})[seed] = judged(run)
-        if name == "never":
-            angles[seed] = [line for line in lines_of(run) if "cosine" in line]
-        if name == "auto":
-            stopped[seed] = haste.load_file(max((run / "checkpoints").glob("*.pt")))["tau"]
+def report(home, protocol, real):
+    """Writes compare.json, prints its table, and draws samples at equal steps, and the curves, of all seeds
+    that are complete."""
+    seeds = sorted(int(folder.name[4:]) for folder in home.glob("seed*")
+                   if all(len(judged(folder / name)) == MEASURED for name in VARIANTS))
+    run = {(name, seed): home / f"seed{seed}" / name for name in VARIANTS for seed in seeds}
+    results = {name: {seed: judged(run[name, seed]) for seed in seeds} for name in VARIANTS}
+    angles = {seed: [line for line in lines_of(run["never", seed]) if "cosine" in line] for seed in seeds}
+    stopped = {seed: haste.load_file(max((run["auto", seed] / "checkpoints").glob("*.pt")))["tau"]
+               for seed in seeds}
+    saved = haste.load_file(home / "judge.pt")
     write_json(home / "compare.json", {
         "protocol": protocol, "floor": saved["floor"], "judge_right": saved["right"], "runs": results,
         "auto_stopped_at": stopped, "angles": angles})
 
     # --- the table: means, and standard deviations, over seeds
-    seeds, steps = list(stopped), list(results["plain"][min(stopped)])
+    steps = list(results["plain"][seeds[0]])
 
     def over_seeds(name, step, what):
         x = np.array([results[name][seed][step][what] for seed in seeds])
@@ -1216,11 +1233,12 @@ def report(home, runs, protocol, real):
           f"images: {saved['floor']:.3f}, {saved['right']:.0%}. auto stopped at {stopped}")
 
     # --- the pictures
-    step = steps[len(steps) // 3]
-    drawn = [(f"{name}, seed {seeds[0]}, step {step}: {cell(name, step)}",
-              runs[name, seeds[0]] / "samples" / f"{int(step):07d}.png") for name in VARIANTS]
-    write_rows(home / "samples.png", [("real", real)] + [
-        (caption, torch.tensor(haste.to_array(Image.open(path)))) for caption, path in drawn])
+    rows = [("real", real)]
+    for step, name in itertools.product((steps[1], steps[-1]), VARIANTS):
+        told, path = results[name][seeds[0]][step], run[name, seeds[0]] / "samples" / f"{int(step):07d}.png"
+        rows.append((f"step {step}, {name}: distance {told['distance']:.2f}, {told['right']:.0%} read right",
+                     torch.tensor(haste.to_array(Image.open(path)))))
+    write_rows(home / "samples.png", rows)
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -1309,16 +1327,11 @@ def parse(argv):
 
 
 def main(argv=None):
-    try:
+    with haste.mistakes_told("evaluate.py"):
         results = evaluate(parse(argv))
-    except BadInput as e:
-        # Mistakes in the flags are the same in every process; one that shows later may be one process's own.
-        if os.environ.get("RANK", "0") == "0" or dist.is_initialized():
-            print(f"evaluate.py: {e}", file=sys.stderr)
-        sys.exit(2)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return results
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return results
 
 
 if __name__ == "__main__":

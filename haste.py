@@ -1121,12 +1121,16 @@ def load_vae(name, device):
         raise BadInput(f"the VAE {name} could not be loaded; --vae takes a folder, too ({brief(e)})") from e
 
 
+def decoder_of(encoder, given=None):
+    """The name of the VAE for what `encoder` encoded, None for pixels. The paper's two are not the same."""
+    if given and not encoder:
+        raise BadInput(f"--vae {given}: the model learned pixels, which need none; leave the flag out")
+    return given or (VAE_DECODER if encoder == VAE_ENCODER else encoder)
+
+
 def load_decoder(encoder, args, device):
-    """The VAE that decodes what `encoder` encoded; none for pixels. The paper's two are not the same."""
-    if args.vae and not encoder:
-        raise BadInput(f"--vae {args.vae}: the model learned pixels, which need none; leave the flag out")
-    name = args.vae or (VAE_DECODER if encoder == VAE_ENCODER else encoder)
-    return load_vae(name, device) if encoder else None
+    name = decoder_of(encoder, args.vae)
+    return load_vae(name, device) if name else None
 
 
 def to_images(x0, vae=None, scale=1.0):
@@ -1261,7 +1265,7 @@ class Log:
             return
         if self.path.is_file():         # a killed run may have logged beyond its last checkpoint
             lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("}\n")]
-            lines = [line for line in lines if json.loads(line)["step"] <= step]
+            lines = [x for x in lines if json.loads(x)["step"] < step + ("cosine" not in x)]    # asked anew
             write_file(self.path, lambda f: f.write("".join(lines).encode()))
         try:
             if args.tensorboard:
@@ -1615,43 +1619,44 @@ def demo(args, given):
         ours = "--model", "--seeds", "--seed", "--exp-name", "--data-dir"
         return evaluate.contest(args, without(given, *ours))
     kind, _, _ = args.model.partition("-")
-    name, mode = "demo" if kind == "SiT" else f"demo-{kind}", "ddpm" if kind == "DiT" else "sde"
-    home, render = Path(args.output_dir) / name, captioned_glyphs if kind == "MMDiT" else render_glyphs
-    given = without(given, "--model")
+    home, mode = Path(args.output_dir) / args.exp_name, "ddpm" if kind == "DiT" else "sde"
+    render, at = captioned_glyphs if kind == "MMDiT" else render_glyphs, shlex.quote(str(home))
     images, labels, masks, *captions = render(4000, seed=0)
     write_images(home / "glyphs", images, labels, *captions)
     if not (home / "teacher.pt").is_file():
         fit_teacher(home / "teacher.pt", images, labels, masks)
 
     def command(line, *more):
-        print("\n$ python haste.py", shlex.join([*line.split(), *more]))
-        return parse([*line.split(), *more])
+        argv = [*shlex.split(line), *more]
+        print("\n$ python haste.py", shlex.join(argv))
+        return parse(argv)
 
     plain = f"--resolution {GLYPH} --vae none" + " --text-encoder words" * bool(captions)
-    prepare(command(f"--prepare {home}/glyphs --data-dir {home}/data {plain}"))
-    args = command(f"--model {args.model} --data-dir {home}/data --teacher {home}/teacher.pt "
-                   f"--output-dir {args.output_dir} --exp-name {name} --batch-size 64 --learning-rate 2e-3 "
-                   f"--ema-decay 0.99 {DEMO_STEPS[kind]} --checkpointing-steps 350 "
-                   f"--sampling-steps 350 --cfg-scale 2 --log-every 50 --num-workers 0", *given)
-    if train(args) == AGAIN:
+    prepare(command(f"--prepare {at}/glyphs --data-dir {at}/data {plain}"))
+    if train(command(f"--model {args.model} --data-dir {at}/data --teacher {at}/teacher.pt "
+                     f"--output-dir {shlex.quote(args.output_dir)} --exp-name {shlex.quote(args.exp_name)} "
+                     f"--batch-size 64 --learning-rate 2e-3 --ema-decay 0.99 {DEMO_STEPS[kind]} "
+                     f"--checkpointing-steps 350 --sampling-steps 350 --cfg-scale 2 --log-every 50 "
+                     f"--num-workers 0", *without(given, "--model", "--exp-name"))) == AGAIN:
         return AGAIN
     saved = sorted((home / "checkpoints").glob("[0-9]*.pt"))
     what = ["--captions", *captions[0][:40]] if captions else ["--labels", *(str(i % 10) for i in range(40))]
-    sample_from(command(f"--sample {saved[-1]} --mode {mode} --num-steps 50 --cfg-scale 2 "
-                        f"--out {home}/letters.png", *what))
+    last = shlex.quote(str(saved[-1]))
+    sample_from(command(f"--sample {last} --mode {mode} --num-steps 50 --cfg-scale 2 "
+                        f"--out {at}/letters.png", *what))
 
     # --- held-back letters against samples: as features see them, and as a network sees them that had no part
     import evaluate
     real, of, _, *captions = render(100, seed=2)
     write_images(home / "real", real, of, *captions)
-    line = (f"--ckpt {saved[-1]} --ref {home}/real --inception random --num-samples 100 --num-steps 50 "
-            f"--mode {mode} --cfg-scale 2 --json {home}/metrics.json")
+    line = (f"--ckpt {last} --ref {at}/real --inception random --num-samples 100 --num-steps 50 "
+            f"--mode {mode} --cfg-scale 2 --json {at}/metrics.json")
     if captions:
-        prepare(command(f"--prepare {home}/real --data-dir {home}/real-data {plain}"))
-        line += f" --captions-from {home}/real-data"
+        prepare(command(f"--prepare {at}/real --data-dir {at}/real-data {plain}"))
+        line += f" --captions-from {at}/real-data"
     print("\n$ python evaluate.py", line)
-    evaluate.main(line.split())
-    evaluate.judge_letters(home, saved, args.tau, mode, render)
+    evaluate.main(shlex.split(line))
+    evaluate.judge_letters(home, saved, mode, render)
 
 
 def bench(args):
@@ -2170,33 +2175,43 @@ def parse(argv):
         raise BadInput(f"unknown model {args.model!r}: choose one of {', '.join(NAMES)}")
     if (args.captions or args.text_encoder) and not (args.prepare or args.sample):
         raise BadInput("--captions and --text-encoder go with --prepare or --sample: leave them out")
-    args.exp_name = args.exp_name or ("compare" if args.compare else args.model.replace("/", "-"))
+    if args.demo:
+        kind, _, _ = args.model.partition("-")
+        args.exp_name = args.exp_name or ("compare" if args.compare else f"demo-{kind}".replace("-SiT", ""))
+    args.exp_name = args.exp_name or args.model.replace("/", "-")
     args.data_dir = args.data_dir or (None if args.compare else "data/imagenet256")
     return args
 
 
-def main(argv=None):
-    argv, code = sys.argv[1:] if argv is None else argv, 0
+@contextlib.contextmanager
+def mistakes_told(program):
+    """Ends the program with one sentence on what went wrong, and its exit code."""
     try:
-        args = parse(argv)
-        if args.demo:
-            code = demo(args, [a for a in argv if a not in ("--demo", "--compare")])
-        else:
-            task = prepare if args.prepare else sample_from if args.sample else bench if args.bench else train
-            code = task(args)
+        yield
     except KeyboardInterrupt:
         sys.exit(130)
     except (BadInput, Failure, OSError) as e:
         # Mistakes in the flags are the same in every process; one that shows later may be one process's own.
         if os.environ.get("RANK", "0") == "0" or dist.is_initialized():
             told = f"{e}; what was saved before is whole" if isinstance(e, OSError) else e
-            print(f"haste.py: {told}", file=sys.stderr, flush=True)
+            print(f"{program}: {told}", file=sys.stderr, flush=True)
         sys.exit(getattr(e, "code", 1))
     except RuntimeError as e:
         if not dist.is_initialized() or not any(x in str(e).lower() for x in ("gloo", "nccl", "connection")):
             raise
-        sys.exit(f"haste.py: another process of this job died or hangs: its own output may say why, and the "
-                 f"same command goes on from the last checkpoint ({brief(e)})")
+        sys.exit(f"{program}: another process of this job died or hangs: its own output may say why, and the "
+                 f"same command goes on ({brief(e)})")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    with mistakes_told("haste.py"):
+        args = parse(argv)
+        if args.demo:
+            code = demo(args, [a for a in argv if a not in ("--demo", "--compare")])
+        else:
+            task = prepare if args.prepare else sample_from if args.sample else bench if args.bench else train
+            code = task(args)
     if dist.is_initialized():
         dist.destroy_process_group()
     if code:

@@ -2409,7 +2409,7 @@ def contest(world, tmp_path, monkeypatch):
     """contest(*flags): the comparison on the world's squares, 10 steps a run, in this process; returns its folder."""
     fit = haste.fit
     monkeypatch.setattr(haste, "fit", lambda net, loss, inputs, steps, title: fit(net, loss, inputs, 3, title))
-    monkeypatch.setattr(evaluate, "run_all", lambda jobs, at_once, caught: [evaluate.contend(*job) for job in jobs] and None)
+    monkeypatch.setattr(evaluate, "run_all", lambda jobs, *_: [evaluate.contend(*job) for job in jobs] and None)
 
     def run(*flags):
         haste.main(["--demo", "--compare", "--data-dir", f"{world}/data", "--model", "SiT-XS/2", "--output-dir", str(tmp_path),
@@ -2472,15 +2472,15 @@ def test_the_judges_floor_is_the_distance_of_real_images_from_real_images(contes
     with torch.no_grad():
         a, b = ((x.mean(0).numpy(), x.T.cov().numpy()) for x in (judge(half)[0].double() for half in rest[0].split(5)))
     want = evaluate.frechet_distance(*a, *b)
-    assert told["floor"] == pytest.approx(want, rel=1e-6) and saved["n"] == 5
+    assert told["floor"] == pytest.approx(want, rel=1e-6) and same(saved["labels"], rest[1][:5])
 
 
 def test_a_run_of_the_comparison_that_fails_is_named_with_its_log(tmp_path):
     jobs = [(tmp_path / name, ["--data-dir", f"{tmp_path}/none"], tmp_path / "judge.pt") for name in "ab"]
     with pytest.raises(haste.Failure, match=r"exit code 2, .*/log.txt says why"):
-        evaluate.run_all(jobs, 2, [])
+        evaluate.run_all(jobs, 10, False, [])
     assert "is empty or missing" in (tmp_path / "a" / "log.txt").read_text() + (tmp_path / "b" / "log.txt").read_text()
-    assert evaluate.run_all(jobs, 2, [signal.SIGTERM]) == haste.AGAIN       # asked to stop, it starts none
+    assert evaluate.run_all(jobs, 10, False, [signal.SIGTERM]) == haste.AGAIN       # asked to stop, it starts none
 
 
 def test_mistakes_in_a_comparison(world, tmp_path, capsys):
