@@ -1025,7 +1025,7 @@ def test_memory_files_and_threads_are_flat_over_3000_steps(world, tmp_path):
         time.sleep(0.5)
     assert run.wait() == 0
     early = max(rss for step, rss, _, _ in seen if 100 < step <= 500)
-    assert max(rss for step, rss, _, _ in seen if step > 500) < 1.02 * early
+    assert max(rss for step, rss, _, _ in seen if 500 < step < 3000) < 1.02 * early        # not while it exits
     for phase in (range(100, 1400), range(1700, 2900)):
         assert len({threads for step, _, threads, _ in seen if step in phase}) <= 2 and len({files for step, _, _, files in seen if step in phase}) <= 3
 
