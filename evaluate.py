@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -274,29 +274,19 @@ class Folder(Dataset):
     """The images below a folder, all of one size."""
 
     def __init__(self, folder):
-        self.paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in haste.ENDINGS)
-        if not self.paths:
+        self.files = haste.Files(haste.files_in(Path(folder), haste.ENDINGS), haste.read_image)
+        if not len(self.files):
             raise BadInput(f"{folder} has no images ({', '.join(haste.ENDINGS)})")
-        self.shape = (len(self.paths), *self.read(self.paths[0]).shape[1:], 3)
-
-    def read(self, path):
-        try:
-            with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I"):      # 16-bit grey, which convert() would clip to white
-                    image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
-                return haste.to_array(image)
-        except Exception as e:      # a broken file can make Pillow raise anything
-            raise BadInput(f"{path} cannot be read ({brief(e)})") from e
+        self.shape = (len(self.files), *self.files[0].shape[1:], 3)
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.files)
 
     def __getitem__(self, rows):
-        images = [self.read(self.paths[i]) for i in rows]
+        images, paths = [self.files[i] for i in rows], self.files.paths
         for i, image in zip(rows, images):
             if image.shape[1:] != self.shape[1:3]:
-                raise BadInput(f"{self.paths[i]} is {size_of((1, *image.shape[1:]))}, and {self.paths[0]} "
+                raise BadInput(f"{paths[i]} is {size_of((1, *image.shape[1:]))}, and {paths[0]} "
                                f"{size_of(self.shape)}: images must be of one size")
         return torch.from_numpy(np.stack(images))
 
@@ -383,6 +373,8 @@ class Generated:
         self.vae_name = haste.decoder_of(made.get("vae", haste.VAE_ENCODER), args.vae) or "none: pixels"
         self.vae = haste.load_decoder(made.get("vae", haste.VAE_ENCODER), args, device)
         self.model.to(device)
+        if args.compile:
+            self.model.compile(dynamic=False)
         self.scale = made.get("scale", haste.VAE_SCALE)
         try:
             side = self.decode(torch.zeros_like(haste.seeded_noise(self.model, 1, 0, device))).shape[-1]
@@ -439,28 +431,12 @@ class Generated:
 
 # ---- 4. One pass over images -------------------------------------------------------------------------------
 
-class Batches(Dataset):
-    """Images for loader processes; a BadInput is handed over: raised there, a traceback would wrap it."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __getitem__(self, rows):
-        try:
-            return self.images[rows]
-        except BadInput as e:
-            return e
-
-
 def read(images, requests, args):
     """images[rows] for each of the ranges requested: drawn here, or read by args.num_workers processes."""
     if isinstance(images, Generated):
         yield from (images[rows] for rows in requests)
         return
-    for batch in DataLoader(Batches(images), batch_size=None, sampler=requests, num_workers=args.num_workers):
-        if isinstance(batch, BadInput):
-            raise batch
-        yield batch
+    yield from DataLoader(images, batch_size=None, sampler=requests, num_workers=args.num_workers)
 
 
 class Gathered:
@@ -1237,7 +1213,7 @@ def report(home, protocol, real):
     for step, name in itertools.product((steps[1], steps[-1]), VARIANTS):
         told, path = results[name][seeds[0]][step], run[name, seeds[0]] / "samples" / f"{int(step):07d}.png"
         rows.append((f"step {step}, {name}: distance {told['distance']:.2f}, {told['right']:.0%} read right",
-                     torch.tensor(haste.to_array(Image.open(path)))))
+                     torch.tensor(haste.read_image(path))))
     write_rows(home / "samples.png", rows)
     try:
         from matplotlib.figure import Figure
@@ -1268,7 +1244,7 @@ def report(home, protocol, real):
 # ---- 9. The command line -----------------------------------------------------------------------------------
 
 DRAWING = {"num_samples", "mode", "num_steps", "cfg_scale", "guidance_low", "guidance_high", "balanced",
-           "seed", "precision", "model", "vae", "save_npz", "save_every", "captions_from"}
+           "seed", "precision", "compile", "model", "vae", "save_npz", "save_every", "captions_from"}
 MEASURING = {"ref", "json", "no_prec_recall"}
 FOREIGN = {"ckpt": {"out"}, "samples": DRAWING | {"out"}, "make_ref": DRAWING | MEASURING}
 
@@ -1309,6 +1285,7 @@ def parse(argv):
     flag("--balanced", action="store_true", help="as many of each class, where labels are drawn at random")
     flag("--seed", type=number(int, 0), default=0, help="[%(default)s]")
     flag("--precision", choices=("bf16", "fp16", "fp32"), help="of the model [bf16 on CUDA, fp32 elsewhere]")
+    flag("--compile", action="store_true", help="torch.compile the model")
     flag("--model", default="SiT-XL/2", help="for a checkpoint that does not say [%(default)s]")
     flag("--vae", metavar="NAME_OR_PATH", help=f"that decodes [{haste.VAE_DECODER}]")
     flag("--save-npz", metavar="FILE", help="keep the samples, as arr_0 of an .npz")

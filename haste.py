@@ -80,6 +80,11 @@ class BadInput(ValueError):
     """A user's mistake, told in one sentence: the command line prints it and exits with code 2."""
     code = 2
 
+    def __init__(self, sentence):
+        if "Original Traceback" in sentence:        # in which a loader's process hands it over
+            sentence = sentence.rpartition("BadInput: ")[2].strip()
+        super().__init__(sentence)
+
 
 class Failure(RuntimeError):
     """What ends a run that was asked for rightly, told in one sentence; exit code 1."""
@@ -333,11 +338,12 @@ class Teacher(nn.Module):
     def __init__(self, vit, blocks, grid, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
         super().__init__()
         attentions = [getattr(block, "attn", None) for block in getattr(vit, "blocks", [])]
-        normed = [a for a in attentions if type(getattr(a, "q_norm", nn.Identity())) is not nn.Identity]
-        plain = attentions and not normed and all(hasattr(a, "qkv") for a in attentions)
-        if not plain or getattr(vit, "pos_embed", None) is None:
+        plain = attentions and all(
+            isinstance(getattr(a, "qkv", None), nn.Linear) and getattr(a, "q_bias", None) is None
+            and type(getattr(a, "q_norm", nn.Identity())) is nn.Identity for a in attentions)
+        if not plain or getattr(vit, "pos_embed", None) is None or getattr(vit, "rope", None) is not None:
             raise BadInput(f"a {type(vit).__name__} of this kind cannot teach: it lacks what DINOv2 has, "
-                           f"absolute positions and blocks[i].attn.qkv with no norm behind it")
+                           f"absolute positions and a linear blocks[i].attn.qkv with no norm behind it")
         if not all(0 <= b < len(attentions) for b in blocks):
             raise BadInput(f"a teacher of {len(attentions)} blocks lacks one of the blocks {tuple(blocks)}")
         self.blocks, self.grid, self.dim = blocks, grid, vit.embed_dim
@@ -364,9 +370,10 @@ class Teacher(nn.Module):
         features = features["x_norm_patchtokens"] if isinstance(features, dict) else features[:, -N:]
         qk = []
         for b in self.blocks:
-            qkv = self.kept.pop(b)[:, -N:]
+            qkv = self.kept[b][:, -N:]
             qkv = qkv.reshape(len(x), N, 3, self.vit.blocks[b].attn.num_heads, -1).permute(2, 0, 3, 1, 4)
             qk.append((qkv[0], qkv[1]))
+        self.kept.clear()
         return features, qk
 
 
@@ -393,7 +400,9 @@ def load_teacher(name, grid, blocks, repo=None):
             vit.load_state_dict(saved["model"])
         else:
             raise BadInput(f"unknown teacher {name!r}: choose {', '.join(DINOV2)}, timm/NAME, or a file")
-    except (OSError, RuntimeError, ImportError, KeyError, TypeError) as e:
+    except BadInput:
+        raise
+    except Exception as e:      # others' code, and files from anywhere, can make it anything
         raise BadInput(f"the teacher {name} could not be loaded ({brief(e)}){hint}") from e
     depth = len(getattr(vit, "blocks", []))
     return Teacher(vit, [b - 12 + depth for b in blocks], grid, mean, std)
@@ -428,8 +437,9 @@ class CrossEntropyOfMaps(torch.autograd.Function):
     def forward(ctx, q, k, q_t, k_t):
         (G, N, d), count = q.shape, q[..., 0].numel()
         scale, scale_t, total = d ** -0.5, q_t.shape[-1] ** -0.5, q.new_zeros(())
+        piece = MAP_PIECE if q.device.type == "cpu" or N > 1024 else 4 * MAP_PIECE      # fewer launches
         dq, dk = torch.empty_like(q), torch.zeros_like(k)
-        maps, rows = max(1, MAP_PIECE // N ** 2), max(1, min(N, MAP_PIECE // N))
+        maps, rows = max(1, piece // N ** 2), max(1, min(N, piece // N))
         for m, i in itertools.product(range(0, G, maps), range(0, N, rows)):
             m, i = slice(m, m + maps), slice(i, i + rows)
             log_a = F.log_softmax(scale * q[m, i] @ k[m].mT, dim=-1)            # (maps, rows, N)
@@ -590,23 +600,38 @@ def load_array(path, kind, *shape):
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
-        raise BadInput(f"{path} is missing or cut short ({brief(e)}): run its --prepare anew") from e
+        raise BadInput(f"{path} is missing or cut short ({brief(e)}): delete its folder, and --prepare it "
+                       f"again") from e
     if array.dtype.kind != kind or len(array.shape) != len(shape) or any(
             want not in (None, size) for want, size in zip(shape, array.shape)):
-        raise BadInput(f"{path} is {array.dtype} {array.shape}, where {shape} belongs: --prepare it anew")
+        raise BadInput(f"{path} is {array.dtype} {array.shape}, where {shape} belongs: delete its folder, "
+                       f"and --prepare it again")
     return array
 
 
 class Files:
-    """Files in place of an array: files[i] reads the i-th."""
+    """Files in place of an array: files[i] reads the i-th. Raises BadInput where all are not of one size."""
 
-    def __init__(self, folder, endings, read):
-        self.folder, self.read = folder, read
-        found = [p for p in folder.rglob("*") if p.suffix.lower() in endings]
-        self.names = sorted(p.relative_to(folder).as_posix() for p in found)
+    def __init__(self, paths, read, alike=False):
+        self.paths, self.read = paths, read
+        sizes = [os.path.getsize(path) for path in paths] if alike else []
+        if len(set(sizes)) > 1:
+            raise BadInput(f"{paths[np.argmin(sizes)]} has {min(sizes)} bytes, others up to {max(sizes)}: it "
+                           f"is cut short")
+
+    def __len__(self):
+        return len(self.paths)
 
     def __getitem__(self, i):
-        return self.read(self.folder / self.names[i])
+        try:
+            return self.read(self.paths[i])
+        except Exception as e:      # a broken file can make Pillow raise anything
+            raise BadInput(f"{self.paths[i]} cannot be read ({brief(e)})") from e
+
+
+def files_in(folder, endings):
+    found = [p for p in folder.rglob("*") if p.suffix.lower() in endings]
+    return sorted(found, key=lambda p: p.relative_to(folder).as_posix())
 
 
 class Data(Dataset):
@@ -636,21 +661,18 @@ class Data(Dataset):
             self.slots = np.arange(len(self.moments))
             labels, facts = 0 * self.slots, {"vae": VAE_ENCODER, "scale": VAE_SCALE, "classes": [""]}
         elif (folder / "vae-sd").is_dir():      # REPA's: an image file and an array file each
-            self.images = Files(folder / "images", ENDINGS, lambda p: to_array(Image.open(p)))
-            self.moments = Files(folder / "vae-sd", [".npy"],
-                                 lambda f: (x := np.load(f)).reshape(x.shape[-3:]))
-            n, listing = len(self.moments.names), folder / "vae-sd" / "dataset.json"
-            if not n or len(self.images.names) != n or not listing.is_file():
-                raise BadInput(f"{folder} has {len(self.images.names)} files in images/ and {n} latents in "
+            self.images = Files(files_in(folder / "images", ENDINGS), read_image)
+            self.moments = Files(files_in(folder / "vae-sd", [".npy"]),
+                                 lambda p: (x := np.load(p)).reshape(x.shape[-3:]), alike=True)
+            n, listing = len(self.moments), folder / "vae-sd" / "dataset.json"
+            if not n or len(self.images) != n or not listing.is_file():
+                raise BadInput(f"{folder} has {len(self.images)} files in images/ and {n} latents in "
                                f"vae-sd/: they must be as many, and listed in vae-sd/dataset.json")
-            of = dict(read_json(listing, "labels")["labels"])
-            if missing := set(self.moments.names) - of.keys():
+            names = [p.relative_to(folder / "vae-sd").as_posix() for p in self.moments.paths]
+            of = dict(read_json(listing, "labels")["labels"] or [])
+            if missing := set(names) - of.keys():
                 raise BadInput(f"{listing} gives no label to {min(missing)}")
-            sizes = [(folder / "vae-sd" / name).stat().st_size for name in self.moments.names]
-            if len(set(sizes)) > 1:
-                raise BadInput(f"{folder}/vae-sd: {self.moments.names[np.argmin(sizes)]} has {min(sizes)} "
-                               f"bytes, others up to {max(sizes)}: it is cut short")
-            self.slots, labels = np.arange(n), np.array([of[name] for name in self.moments.names])
+            self.slots, labels = np.arange(n), np.array([of[name] for name in names])
             facts = {"vae": VAE_ENCODER, "scale": VAE_SCALE, "classes": list(range(labels.max() + 1))}
         else:
             there = folder.is_dir() and any(folder.iterdir())
@@ -716,9 +738,18 @@ def draw(n, shape, device, *key):
     return *uniform, *torch.randn(2, n, *shape, generator=g, device=device)
 
 
-def to_array(image):
-    """A PIL image as RGB (3, H, W)."""
-    return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+def upright(image):
+    """A PIL image as its EXIF orientation means it, in RGB."""
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):      # 16-bit grey, which convert() would clip to white
+        image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def read_image(path):
+    """An image file as uint8 (3, H, W)."""
+    with Image.open(path) as image:
+        return np.asarray(upright(image)).transpose(2, 0, 1)
 
 
 def center_crop(image, size):
@@ -747,11 +778,9 @@ class Crops(Dataset):
             if not os.path.isfile(path):        # nothing would ever come out of a pipe
                 raise OSError("no regular file")
             with Image.open(path) as image:
-                ImageOps.exif_transpose(image, in_place=True)
-                if image.mode.startswith("I"):      # 16-bit grey, which convert() would clip to white
-                    image = Image.fromarray((np.asarray(image) / 257).astype(np.uint8))
-                image = image if image.mode == "RGB" else image.convert("RGB")
-                self.images[i] = np.asarray(center_crop(image, self.size)).transpose(2, 0, 1)
+                if max(image.size) > 100 * min(image.size):     # it would become too large on the way
+                    raise ValueError(f"{image.width} x {image.height} is no picture")
+                self.images[i] = np.asarray(center_crop(upright(image), self.size)).transpose(2, 0, 1)
             return i, None
         except Exception as e:      # a broken file can make Pillow raise anything
             return i, brief(e)
@@ -829,6 +858,8 @@ def prepare(args):
         raise BadInput(f"{out} was prepared from other images or with other flags: choose another --data-dir")
 
     # --- this process's share of what is left to do
+    for name, (dtype, *shape) in shapes.items():
+        load_array(out / f"{name}.npy", np.dtype(dtype).kind, *shape)   # to write, numpy would lengthen it
     arrays = {name: np.load(out / f"{name}.npy", mmap_mode="r+") for name in shapes}
     todo = np.flatnonzero(arrays["labels"] == TODO)
     barrier()       # all have looked before any writes
@@ -874,6 +905,8 @@ def setup(args):
     rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device(name, local) if name == "cuda" else torch.device(name)
     if name == "cuda":
+        if local >= torch.cuda.device_count():
+            raise BadInput(f"process {local} of this machine has no GPU: start {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
@@ -909,15 +942,15 @@ def first_on_node():
 @contextlib.contextmanager
 def exclusive(folder):
     """Keeps other runs out of a run's folder while this one is in it. Raises BadInput where one is."""
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None or os.environ.get("RANK", "0") != "0":
         yield
         return
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a+") as f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)       # a killed process lets go of it
-        except BlockingIOError as e:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)      # a killed process lets go of it
+        except (BlockingIOError, PermissionError) as e:
             f.seek(0)
             raise BadInput(f"{folder} is in use by {f.read()}: wait, or name another --exp-name") from e
         f.truncate(0)
@@ -928,8 +961,9 @@ def exclusive(folder):
         finally:
             if os.listdir(folder) == ["lock"]:      # it never began
                 os.unlink(f.name)
-                for p in made:
-                    p.rmdir()
+                with contextlib.suppress(OSError):      # another run may have begun
+                    for p in made:
+                        p.rmdir()
 
 
 @contextlib.contextmanager
@@ -1035,7 +1069,7 @@ def read_json(path, *keys):
         value = json.loads(path.read_text())
     except (OSError, ValueError) as e:
         raise BadInput(f"{path} cannot be read ({brief(e)})") from e
-    if missing := [key for key in keys if key not in value]:
+    if missing := [key for key in keys if not isinstance(value, dict) or key not in value]:
         raise BadInput(f"{path} lacks {missing[0]!r}")
     return value
 
@@ -1209,7 +1243,8 @@ class Learner:
             self.model.load_state_dict(saved["model"])
             self.ema.load_state_dict(saved["ema"])
             self.optimizer.load_state_dict(saved["opt"])
-            self.scaler.load_state_dict(saved.get("scaler", {}))
+            if saved.get("scaler"):
+                self.scaler.load_state_dict(saved["scaler"])
         except (KeyError, RuntimeError, ValueError) as e:
             raise BadInput(
                 f"{path} belongs to another model ({saved['args'].get('model')}) than this "
@@ -1227,6 +1262,8 @@ class Learner:
         self.model.projectors.requires_grad_(projector)
         pairs = [p for p in zip(self.ema.parameters(), self.model.parameters()) if p[1].requires_grad]
         self.followed = [list(x) for x in zip(*pairs)]      # by the EMA
+        constants = [name for name, _ in self.model.named_buffers()]
+        DDP._set_params_and_buffers_to_ignore_for_model(self.model, constants)
         self.net = self.model if not dist.is_initialized() else DDP(
             self.model, gradient_as_bucket_view=True, static_graph=self.args.gradient_accumulation_steps == 1)
 
@@ -1246,10 +1283,11 @@ class Learner:
             total = total + torch.stack([loss, *terms]).detach() / parts
 
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm or math.inf)
         skipped = (~norm.isfinite()).float()
         self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped     # read on the device
-        self.optimizer.step()
+        if skipped.device.type != "mps" or not skipped:     # whose AdamW does not read it
+            self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.update_ema(*self.followed, None)
@@ -1271,7 +1309,8 @@ class Log:
             if args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
                 board = SummaryWriter(run / "tensorboard", purge_step=step)
-                self.others.append(lambda m: [board.add_scalar(k, x, m["step"]) for k, x in m.items()])
+                self.others.append(lambda line: [board.add_scalar(k, x, line["step"]) for k, x in line.items()
+                                                 if isinstance(x, (int, float))])
             if args.wandb:
                 import wandb
                 wandb.init(project=args.wandb, id=args.exp_name, resume="allow", config=vars(args))
@@ -1305,26 +1344,29 @@ MAX_SKIPPED = 50        # steps in a row that were not finite: then the run give
 MILESTONES = {1000 * k for k in (100, 200, 250, 300, 400, 500, 2000, 2500, 3000)}   # of the paper's tables
 
 
-def ahead(batches, device):
-    """Batches on the device: on CUDA each is copied, from pinned memory, while the one before is in use."""
+def ahead(loader, device):
+    """Batches on the device: on CUDA each is copied, from pinned memory, while another is in use."""
     stream = torch.cuda.Stream() if device.type == "cuda" else None
-    waiting = None
-    for batch in batches:
-        if stream is None:
-            yield {name: x.to(device) for name, x in batch.items()}
-            continue
+    batches, waiting = iter(loader), None
+    try:
+        for batch in batches:
+            if stream is None:
+                yield {name: x.to(device) for name, x in batch.items()}
+                continue
+            if waiting:
+                torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.stream(stream):
+                coming = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
+            if waiting:
+                yield waiting
+            waiting = coming
+            for x in waiting.values():
+                x.record_stream(torch.cuda.current_stream())
         if waiting:
             torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.stream(stream):
-            coming = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
-        if waiting:
             yield waiting
-        waiting = coming
-        for x in waiting.values():
-            x.record_stream(torch.cuda.current_stream())
-    if waiting:
-        torch.cuda.current_stream().wait_stream(stream)
-        yield waiting
+    finally:        # at exit, Python would wait for processes that ignore SIGTERM
+        getattr(batches, "_shutdown_workers", lambda: None)()
 
 
 def summarise(window, world):
@@ -1358,7 +1400,7 @@ def train_in(run, args, caught, stack):
     saved = load_file(newest) if newest else None
     step, last = saved["steps"] if saved else 0, args.max_train_steps
     tau = math.inf if args.tau in ("never", "auto") else args.tau
-    if args.tau == "auto" and saved and saved.get("tau") is not None:
+    if args.tau == "auto" and saved and saved["args"].get("tau") == "auto" and saved["tau"] is not None:
         tau = saved["tau"]                          # decided before the interruption: not asked again
     local = args.batch_size // world                # images of each step that this process sees
     rows = slice(rank * local, (rank + 1) * local)  # their places in the global batch
@@ -1417,6 +1459,8 @@ def train_in(run, args, caught, stack):
         teacher = teacher if phase_one else None
         learner.wrap(projector=phase_one and args.lambda_r > 0)
         bar.set_description("phase I" if phase_one else "phase II")
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()        # of this phase
         steps = range(step, min(tau, last) if phase_one else last)
         order = requests(len(data), args, rows, steps, want_images=phase_one)
         order = with_picks(order, args, rows, steps) if data.captions else order
@@ -1429,7 +1473,8 @@ def train_in(run, args, caught, stack):
                 cosines = measure_angles(model, teacher, data, args, step, rank, world, device)
                 mean = sum(cosines) / len(cosines)
                 log(step=step, cosine=mean, **{f"cosine_t{t}": x for t, x in zip(TRIGGER_TIMES, cosines)})
-                bar.write(f"step {step}: cosine of alignment's and denoising gradient {mean:+.4f}")
+                if rank == 0:
+                    bar.write(f"step {step}: cosine of alignment's and denoising gradient {mean:+.4f}")
                 if mean < args.tau_cosine:
                     tau = step
                     break
@@ -1443,7 +1488,7 @@ def train_in(run, args, caught, stack):
 
             # --- everything below is diagnostics
             asked = agreed(bool(caught))
-            if step % args.log_every == 0 or step == last or asked:
+            if step % args.log_every == 0 or step in (tau, last) or asked:
                 means, skips = summarise(window, world)
                 rate = args.batch_size * len(window) / (time.perf_counter() - began)
                 for s in (step - len(window) + i for i, skip in enumerate(skips) if skip):
@@ -1464,7 +1509,8 @@ def train_in(run, args, caught, stack):
                 save()
             if asked and step < last:
                 by = signal.Signals(caught[0]).name if caught else "another process"
-                bar.write(f"stopped by {by} after step {step}, which is saved: the same command goes on")
+                if rank == 0:
+                    bar.write(f"stopped by {by} after step {step}, which is saved: the same command goes on")
                 barrier()
                 return AGAIN
             if pictures and (step % args.sampling_steps == 0 or step == last):
@@ -1526,10 +1572,14 @@ def sample_from(args):
     elif args.captions or args.text_encoder:
         raise BadInput(f"{args.sample} draws labels, not captions: say --labels 207 360, and no more")
     else:
-        classes, labels = model.y_embedder.num_classes, torch.tensor(args.labels or LABELS, device=device)
+        classes = model.y_embedder.num_classes
+        some = LABELS if classes == 1000 else range(min(classes, 8))
+        labels = torch.tensor(args.labels or some, device=device)
         if bad := [y for y in labels.tolist() if not 0 <= y < classes]:
             raise BadInput(f"--labels {bad[0]}: its classes are 0 to {classes - 1}")
     vae = load_decoder(made.get("vae", VAE_ENCODER), args, device)
+    if args.compile:
+        model.compile(dynamic=False)
     noise = seeded_noise(model.to(device), len(labels), args.seed, device)
     guidance = args.guidance_low, args.guidance_high
     torch.manual_seed(args.seed + 1)    # the SDE draws from torch's own stream, and not that noise again
@@ -1931,9 +1981,9 @@ def find_captions(source, given):
             raise BadInput(f"{where} has not the structure of COCO's captions ({brief(e)})") from e
         of = {name: of.get(os.path.basename(name), []) for name in names}
     else:
+        if not any(Path(source, name).with_suffix(".txt").is_file() for name in names[:100]):
+            return None         # without a look for ImageNet's million
         beside = {name: Path(source, name).with_suffix(".txt") for name in names}
-        if not any(beside[name].is_file() for name in names[:100]):     # not to look for ImageNet's million
-            return None
         where = "a text file beside it"
         try:
             of = {name: path.read_text("utf-8").splitlines() if path.is_file() else []
@@ -1999,21 +2049,8 @@ def open_uvit(folder):
     empty = load_array(above[not above[0].is_file()], "f", None, TEXT_WIDTH)
     load_array(folder / "0_0.npy", "f", len(empty), TEXT_WIDTH)
     captions = Captions(counts, lambda i, k: np.load(folder / f"{i}_{k}.npy"), empty, CLIP)
-    images = Numbered(pictures, lambda path: to_array(Image.open(path))) if pictures else None
-    return images, Numbered(latents, moments), captions
-
-
-class Numbered:
-    """numbered[i] reads file number i."""
-
-    def __init__(self, paths, read):
-        self.paths, self.read = paths, read
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        return self.read(self.paths[int(i)])
+    images = Files([pictures[i] for i in range(n)], read_image) if pictures else None
+    return images, Files([latents[i] for i in range(n)], moments, alike=True), captions
 
 
 def with_picks(order, args, rows, steps):
@@ -2069,7 +2106,7 @@ def number(kind, low, high=math.inf):
             x = kind(text)
         except ValueError:
             x = math.nan
-        if not (low <= x <= high and math.isfinite(x)):
+        if not (low <= x <= high and x < math.inf):
             bounds = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
             name = "an integer" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {name} {bounds}")
@@ -2139,14 +2176,14 @@ def parse(argv):
     flag("--gradient-accumulation-steps", type=count, default=1, help="[%(default)s]")
     flag("--max-train-steps", type=count, default=400_000, help="[%(default)s]")
     flag("--learning-rate", type=weight, default=1e-4, help="of AdamW, constant [%(default)s]")
-    flag("--max-grad-norm", type=weight, default=1.0, help="[%(default)s]")
+    flag("--max-grad-norm", type=weight, default=1.0, help="0: none [%(default)s]")
     flag("--ema-decay", type=share, default=0.9999, help="[%(default)s]")
     flag("--cfg-prob", type=share, default=0.1, help="label dropout, for guidance [%(default)s]")
     flag("--precision", choices=("bf16", "fp16", "fp32"), help="[bf16 on CUDA, fp32 elsewhere]")
-    flag("--compile", action="store_true", help="torch.compile the student")
+    flag("--compile", action="store_true", help="torch.compile the student, or what --sample draws from")
     flag("--grad-checkpoint", action="store_true", help="less memory for more time")
     flag("--device", choices=("cuda", "mps", "cpu"), help="[the best there is]")
-    flag("--seed", type=number(int, 0), default=0, help="[%(default)s]")
+    flag("--seed", type=number(int, 0, 2 ** 62), default=0, help="[%(default)s]")
     flag("--log-every", type=count, default=100, help="steps between lines of metrics.jsonl [%(default)s]")
     flag("--checkpointing-steps", type=count, default=50_000, help="steps between checkpoints [%(default)s]")
     flag("--keep", type=count, metavar="N", help="the newest, and the paper's milestones [all]")
@@ -2156,7 +2193,7 @@ def parse(argv):
     flag("--wandb", metavar="PROJECT", help="log there, too")
 
     flag = parser.add_argument_group("--sample").add_argument
-    flag("--labels", type=int, nargs="+", help=f"[{' '.join(map(str, LABELS))}]")
+    flag("--labels", type=int, nargs="+", help=f"[{' '.join(map(str, LABELS))}, or the first of few]")
     flag("--mode", choices=MODES, default="sde", help="ddpm: DiT's own [%(default)s]")
     flag("--num-steps", type=number(int, 2), default=250, help="[%(default)s]")
     flag("--cfg-scale", type=weight, default=4.0, help="guidance, of grids, too; 1: none [%(default)s]")

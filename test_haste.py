@@ -270,6 +270,17 @@ def test_blocks_named_for_12_keep_their_distance_from_the_last(tmp_path):
     config = dict(img_size=8, patch_size=2, embed_dim=24, depth=4, num_heads=2, num_classes=0)
     torch.save({"config": config, "model": tiny_vit(depth=4).state_dict()}, tmp_path / "t.pt")
     assert haste.load_teacher(str(tmp_path / "t.pt"), 4, (8, 9, 11)).blocks == [0, 1, 3]
+    images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    _, qk = haste.load_teacher(str(tmp_path / "t.pt"), 4, (11, 11))(images)     # one block may teach two
+    assert same(qk[0], qk[1])
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_base_patch16_rope_224", "vit_medium_patch16_rope_reg1_gap_256", "beit_base_patch16_224"])
+def test_a_network_that_would_show_other_maps_than_it_uses_cannot_teach(name):
+    with torch.device("meta"):
+        vit = haste.timm.create_model(name, num_classes=0)
+    with pytest.raises(haste.BadInput, match="cannot teach"):
+        haste.Teacher(vit, (1,), 4)
 
 
 # ---- 3. The losses -------------------------------------------------------------------------------------------
@@ -416,6 +427,21 @@ def test_the_trigger_stops_alignment_once_for_all_and_a_resumed_run_does_not_ask
         (tmp_path / "run" / "checkpoints" / f"{step:07d}.pt").unlink()
     haste.main(auto)
     assert len(asked) == 8 and same(whole, checkpoint(tmp_path, 7))
+
+
+def test_auto_asks_in_a_run_that_began_with_a_number(world, tmp_path):
+    haste.main(flags(world, tmp_path, tau=100, max_train_steps=2))
+    haste.main(flags(world, tmp_path, tau="auto", tau_from=2, tau_every=2, tau_images=12, tau_cosine=1, max_train_steps=4))
+    assert [m["step"] for m in metrics(tmp_path) if "cosine" in m] == [2] and checkpoint(tmp_path, 4)["tau"] == 2
+
+
+def test_an_angle_is_logged_once_also_where_a_killed_run_measures_it_again(world, tmp_path):
+    auto = flags(world, tmp_path, tau="auto", tau_from=2, tau_every=2, tau_images=12, tau_cosine=-1)
+    haste.main(auto)
+    for path in (tmp_path / "run" / "checkpoints").glob("000000[56].pt"):
+        path.unlink()
+    haste.main(auto)
+    assert [m["step"] for m in metrics(tmp_path) if "cosine" in m] == [2, 4]
 
 
 # ---- 5. The samplers -----------------------------------------------------------------------------------------
@@ -616,6 +642,26 @@ def test_a_dataset_of_repas_preprocessing_trains_as_it_is(world, tmp_path):
     assert [m["phase"] for m in metrics(tmp_path)] == [1, 1, 1, 2, 2, 2]
 
 
+def test_a_damaged_file_of_a_dataset_is_named_whoever_reads_it(world, tmp_path, capsys):
+    repa_layout(tmp_path / "repa")
+    path = tmp_path / "repa" / "images" / "00000" / "img00000003.png"
+    path.write_bytes(path.read_bytes()[:60])
+    for workers in (0, 1):
+        err = complaint(capsys, flags(world, tmp_path / "out", data_dir=tmp_path / "repa", num_workers=workers))
+        assert err.startswith(f"haste.py: {path} cannot be read")
+    run = launch(flags(world, tmp_path / "out", data_dir=tmp_path / "repa", num_workers=2))
+    assert run.wait(60) == 2        # with loader processes it ends, too
+
+
+def test_what_was_prepared_and_cut_short_is_not_filled_up(world, tmp_path, capsys):
+    again = ["--prepare", world / "images", "--data-dir", tmp_path / "data", "--resolution", 8, "--vae", "none"]
+    shutil.copytree(world / "data", tmp_path / "data")
+    path = tmp_path / "data" / "images.npy"
+    path.write_bytes(path.read_bytes()[:-500])
+    size = path.stat().st_size
+    assert "images.npy is missing or cut short" in complaint(capsys, again) and path.stat().st_size == size
+
+
 # ---- 7. Files ------------------------------------------------------------------------------------------------
 
 def test_checkpoints_of_repa_and_bare_state_dicts_load_strictly(tmp_path):
@@ -739,11 +785,19 @@ def test_killed_and_started_again_with_the_same_command_it_ends_the_same(world, 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's death")
 def test_torchrun_killed_outright_takes_its_processes_along(world, tmp_path):
     job = launch(flags(world, tmp_path, max_train_steps=10 ** 6, tau=0), 2)
-    while not (tmp_path / "run" / "metrics.jsonl").is_file():
-        assert job.poll() is None, job.stderr.read()
+    wait_for(tmp_path / "run" / "metrics.jsonl", job)
     job.kill()
     job.communicate(timeout=20)         # its processes hold the other end of the pipe
     with haste.exclusive(tmp_path / "run"):      # and no longer the lock
+        pass
+
+
+def test_a_killed_run_lets_go_of_its_folder_though_its_loaders_live_on(world, tmp_path):
+    run = launch(flags(world, tmp_path, max_train_steps=10 ** 6, tau=0, num_workers=2))
+    wait_for(tmp_path / "run" / "metrics.jsonl", run)
+    run.kill()
+    run.wait()
+    with haste.exclusive(tmp_path / "run"):
         pass
 
 
@@ -876,6 +930,22 @@ def test_a_step_that_is_not_finite_is_skipped_by_all_alike_and_logged_with_its_i
     assert all(x.isfinite().all() for part in ("model", "ema") for x in saved[part].values())
     assert sum(m["skipped_steps"] for m in lines if "phase" in m) == 2 and all(math.isfinite(m["loss"]) for m in lines if "phase" in m)
     assert saved["opt"]["state"][1]["step"] == 8
+
+
+def test_a_skipped_step_is_no_curve_in_tensorboard(world, latents, tmp_path, monkeypatch):
+    written = []
+    board = types.SimpleNamespace(SummaryWriter=lambda *a, **kw: types.SimpleNamespace(
+        add_scalar=lambda name, value, step: written.append((name, float(value), step))))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    haste.main(flags(world, tmp_path, data_dir=poisoned(world, tmp_path / "data", [7]), tensorboard=True))
+    assert ("loss" in {name for name, *_ in written}) and "indices" not in {name for name, *_ in written}
+    assert any("indices" in m for m in metrics(tmp_path))
+
+
+def test_a_gradient_norm_of_0_asked_for_clips_nothing(world, tmp_path):
+    for name, norm in (("none", 0), ("huge", 1e9)):
+        haste.main(flags(world, tmp_path, exp_name=name, max_grad_norm=norm, max_train_steps=2))
+    assert same(checkpoint(tmp_path, 2, "none")["model"], checkpoint(tmp_path, 2, "huge")["model"])
 
 
 def test_a_loss_alone_that_is_not_finite_skips_the_step(world, tmp_path, monkeypatch):
@@ -1097,7 +1167,7 @@ def test_the_demo_is_a_row_of_ordinary_commands(tiny, tmp_path, monkeypatch, cap
                                           ["haste.py", "--sample"], *again, ["evaluate.py", "--ckpt"]]
     assert commands[1][2] == f"{kind}-XS/4"
     assert (home / "demo.png").is_file() and sum("the judge reads" in line for line in out) == 3
-    assert [m["phase"] for m in metrics(tmp_path, name)] == [2]
+    assert [m["phase"] for m in metrics(tmp_path, name)] == [1, 2]
     told = json.loads((home / "metrics.json").read_text())
     assert {"fid", "sfid", "is", "precision", "recall"} < told.keys()
     for script, *command in commands:       # they work by themselves, too
@@ -2066,7 +2136,7 @@ def test_a_folder_may_hold_every_kind_of_image(tiny, tmp_path):
     Image.fromarray(np.full((5, 3, 3), 200, np.uint8)).quantize(2).save(tmp_path / "4.png")
     images = evaluate.open_images(tmp_path)
     assert len(images) == 4 and images.shape == (4, 5, 3, 3)
-    by_name = dict(zip((p.name for p in images.paths), images[range(4)].float()))
+    by_name = dict(zip((p.name for p in images.files.paths), images[range(4)].float()))
     assert (by_name["1.png"] == torch.from_numpy(grey // 257)).all()        # not clipped to white
     assert (by_name["2.PNG"] == 77).all() and (by_name["4.png"] == 200).all()
     assert by_name["3.png"][:, 0, 0].tolist() == [10, 20, 30]
@@ -2197,6 +2267,7 @@ def test_a_killed_run_goes_on_and_ends_as_one_never_killed(tiny, runs, tmp_path,
             score(*argv)
     state, = (tmp_path / "run" / "eval").glob("*.state")
     saved = state.read_bytes()
+    monkeypatch.chdir(tmp_path)         # what lies there says nothing about the run
     others = ["--seed=1", "--num-steps=4", "--cfg-scale=2", "--guidance-high=.5", "--mode=ode", "--balanced",
               "--precision=bf16", "--no-prec-recall", f"--inception={runs / 'ref.npz'}"]
     for changed in others[:1] if kept else others:
