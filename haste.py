@@ -1138,6 +1138,13 @@ def load_model(path, name):
     return model.eval(), args
 
 
+def multiplies_bf16(device):
+    """Whether the device has instructions for it: emulated it would be slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
 def autocast(precision, device):
     """A function that opens the autocast of that precision; none for fp32."""
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -1229,6 +1236,9 @@ class Learner:
                                            weight_decay=0.0, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
         self.autocast = autocast(args.precision, device)
+        self.teacher_autocast = self.autocast
+        if args.precision == "fp32" and multiplies_bf16(device):        # enough for the frozen teacher
+            self.teacher_autocast = autocast("bf16", device)
         model.grad_checkpoint = args.grad_checkpoint
         if args.compile:
             model.compile(dynamic=False)
@@ -1274,8 +1284,9 @@ class Learner:
         shown = images.chunk(parts) if teacher else [None] * parts
         for i, (*part, seen) in enumerate(zip(*(x.chunk(parts) for x in (x0, eps, t, labels)), shown)):
             with contextlib.nullcontext() if i + 1 == parts or self.net is self.model else self.net.no_sync():
-                with self.autocast():
+                with self.teacher_autocast():
                     target = teacher(seen) if teacher else None
+                with self.autocast():
                     terms = losses(self.net, *part, target, args.lambda_r, args.lambda_a)
                 loss = terms[0] + args.lambda_r * terms[1] + args.lambda_a * terms[2]
                 trust = torch.where(loss.detach().isfinite(), 1.0, math.nan)    # told to all by the gradient
@@ -2179,7 +2190,8 @@ def parse(argv):
     flag("--max-grad-norm", type=weight, default=1.0, help="0: none [%(default)s]")
     flag("--ema-decay", type=share, default=0.9999, help="[%(default)s]")
     flag("--cfg-prob", type=share, default=0.1, help="label dropout, for guidance [%(default)s]")
-    flag("--precision", choices=("bf16", "fp16", "fp32"), help="[bf16 on CUDA, fp32 elsewhere]")
+    flag("--precision", choices=("bf16", "fp16", "fp32"),
+         help="the student's; the teacher's: a half where it is faster [bf16 on CUDA, else fp32]")
     flag("--compile", action="store_true", help="torch.compile the student, or what --sample draws from")
     flag("--grad-checkpoint", action="store_true", help="less memory for more time")
     flag("--device", choices=("cuda", "mps", "cpu"), help="[the best there is]")

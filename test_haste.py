@@ -730,6 +730,18 @@ def test_after_tau_no_teacher_runs_no_image_is_read_and_no_map_is_formed(world, 
     assert calls == [8] * 3 and images == [True] * 3 + [False] * 3 == aligned
 
 
+@pytest.mark.parametrize("precision, able, teachers, students", [
+    ("fp32", True, torch.bfloat16, torch.float32), ("fp32", False, torch.float32, torch.float32),
+    ("bf16", False, torch.bfloat16, torch.bfloat16), ("fp16", True, torch.float16, torch.float16)])
+def test_the_teacher_runs_in_half_precision_where_that_is_faster(world, tmp_path, monkeypatch, precision, able, teachers, students):
+    seen, real = set(), haste.losses
+    monkeypatch.setattr(haste, "multiplies_bf16", lambda device: able)
+    monkeypatch.setattr(haste, "losses", lambda model, *a: seen.add((a[4][1][0][0].dtype, model.blocks[0].mlp.fc1(torch.ones(1, 128)).dtype))
+                        or real(model, *a))
+    haste.main(flags(world, tmp_path, precision=precision, max_train_steps=1))
+    assert seen == {(teachers, students)}
+
+
 def test_tau_0_never_loads_a_teacher_and_lambda_a_0_is_repa(world, tmp_path):
     haste.main(flags(world, tmp_path, tau=0, teacher="nowhere"))
     assert {(m["phase"], m["loss_repa"], m["loss_atta"]) for m in metrics(tmp_path)} == {(2, 0, 0)}
