@@ -275,10 +275,9 @@ def test_blocks_named_for_12_keep_their_distance_from_the_last(tmp_path):
     assert same(qk[0], qk[1])
 
 
-@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_base_patch16_rope_224", "vit_medium_patch16_rope_reg1_gap_256", "beit_base_patch16_224"])
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_medium_patch16_rope_reg1_gap_256", "beit_base_patch16_224"])
 def test_a_network_that_would_show_other_maps_than_it_uses_cannot_teach(name):
-    with torch.device("meta"):
-        vit = haste.timm.create_model(name, num_classes=0)
+    vit = haste.timm.create_model(name, num_classes=0, depth=2)
     with pytest.raises(haste.BadInput, match="cannot teach"):
         haste.Teacher(vit, (1,), 4)
 
