@@ -1056,7 +1056,8 @@ def test_prepare_finishes_over_a_hostile_tree_and_lists_what_it_left_out(tmp_pat
     (a / "cut.png").write_bytes((a / "good.png").read_bytes()[:40])
     Image.new("1", (30_000, 30_000)).save(a / "bomb.png")
     Image.new("RGB", (20, 20), "blue").save(a / "new\nline.png")
-    Image.new("RGB", (20, 20), "blue").save(os.fsencode(a) + b"/\xff\xfe.png")
+    with open(os.fsencode(a) + b"/\xff\xfe.png", "wb") as f:
+        Image.new("RGB", (20, 20), "blue").save(f, "PNG")
     (a / "loop").symlink_to(tmp_path / "src")
     (a / "nowhere.png").symlink_to(tmp_path / "gone.png")
     os.mkfifo(a / "pipe.png")
