@@ -1222,20 +1222,21 @@ def report(home, protocol, real):
     figure = Figure((15, 4.5), layout="constrained")
     distance, right, angle = figure.subplots(1, 3)
     x = [int(step) for step in steps]
-    for axis, what in (distance, "distance"), (right, "right"):
+    for axis, what, title in (distance, "distance", "Frechet distance"), (right, "right", "share read right"):
         for name in VARIANTS:
             mean, sd = np.array([over_seeds(name, step, what) for step in steps]).T
             axis.errorbar(x, mean, sd, capsize=3, label=name)
-        axis.set(xlabel="step", title=f"{what} of the samples")
+        axis.set(xlabel="step", title=title)
     distance.set_yscale("log")
     distance.axhline(saved["floor"], color="grey", linestyle=":", label="real images")
     distance.legend()
-    for key in ("cosine", *(f"cosine_t{t}" for t in haste.TRIGGER_TIMES)):
+    for t in ("", *haste.TRIGGER_TIMES):
+        key = f"cosine_t{t}" if t else "cosine"
         curves = np.array([[line[key] for line in angles[seed]] for seed in seeds]).reshape(len(seeds), -1)
-        angle.plot([line["step"] for line in angles[seeds[0]]], curves.mean(0), label=key,
-                   linewidth=3 if key == "cosine" else 1)
+        angle.plot([line["step"] for line in angles[seeds[0]]], curves.mean(0),
+                   label=f"t = {t}" if t else "mean", linewidth=1 if t else 3)
     angle.axhline(-0.05, color="grey", linestyle=":")
-    angle.set(xlabel="step", title="cosine of alignment's and denoising gradient (never)")
+    angle.set(xlabel="step", title="never: cosine of alignment's and denoising gradient")
     angle.legend()
     write_file(home / "compare.png", lambda f: figure.savefig(f, format="png", dpi=80))
     print(f"{home}/compare.png, samples.png, compare.json")
