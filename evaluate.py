@@ -1124,7 +1124,7 @@ def contest(args, given):
     the judge measure samples of each on the way, and writes compare.json, a table, and pictures."""
     if args.model.startswith("MMDiT"):
         raise BadInput("--compare draws labels: choose a SiT or a DiT")
-    if any(name in given for name in ("--keep", "--checkpointing-steps")):
+    if {flag.split("=")[0] for flag in given} & {"--keep", "--checkpointing-steps"}:
         raise BadInput("--compare has checkpoints of its own: leave --keep and --checkpointing-steps out")
     home, patch = Path(args.output_dir) / args.exp_name, haste.look_up(args.model)[1]
     common = ["--model", args.model, "--output-dir", args.output_dir, "--data-dir", f"{home}/data",

@@ -2569,6 +2569,8 @@ def test_a_run_of_the_comparison_that_fails_is_named_with_its_log(tmp_path):
 def test_mistakes_in_a_comparison(world, tmp_path, capsys):
     for argv, why in ((["--compare"], "goes with --demo"), (["--demo", "--seeds", "2"], "leave them out"),
                       (["--demo", "--compare", "--model", "MMDiT", "--output-dir", tmp_path], "choose a SiT or a DiT"),
+                      (["--demo", "--compare", "--keep=3", "--output-dir", tmp_path / "o"], "leave --keep and"),
+                      (["--demo", "--compare", "--max-train-steps", "7", "--output-dir", tmp_path / "o"], "does not divide by 5"),
                       (["--demo", "--compare", "--data-dir", tmp_path, "--output-dir", tmp_path / "o"], "holds no dataset|is empty")):
         assert re.search(why, complaint(capsys, argv))
     assert not (tmp_path / "o").exists()
