@@ -12,7 +12,10 @@
 
 REF is what openai/guided-diffusion published (VIRTUAL_imagenet256_labeled.npz), which DiT, SiT, REPA and
 HASTE report with; so is the protocol. Samples are measured as they are drawn: none need be kept.
+
+Sections 1 to 5 are that. Behind them stands what haste.py runs for --demo, --bench and --demo --compare.
 """
+import copy
 import ctypes
 import hashlib
 import itertools
@@ -742,7 +745,85 @@ def evaluate(args):
     return results
 
 
-# ---- 6. The demo's judge -----------------------------------------------------------------------------------
+# ---- 6. The demo: letters that Pillow draws, a teacher trained on them, a judge that is neither's ----------
+
+LETTERS, GLYPH, PATCH = "ABCEHKRSTX", 24, 4
+DEMO_STEPS = {"SiT": "--tau 350 --max-train-steps 700", "DiT": "--tau 700 --max-train-steps 1400",
+              "MMDiT": "--tau 700 --max-train-steps 1400"}
+COLOURS = {"red": (215, 40, 40), "green": (40, 160, 60), "blue": (45, 70, 215), "orange": (245, 145, 30),
+           "white": (240, 240, 240), "black": (20, 20, 20)}
+
+
+def render_glyphs(n, seed):
+    """n letters, bright on dark, of random colours, sizes, places and angles: images (n, 3, 24, 24) uint8,
+    labels (n,), masks (n, 24, 24) in [0, 1]."""
+    rng, images, masks = np.random.default_rng(seed), [], []
+    labels = rng.integers(len(LETTERS), size=n)
+    for label in labels:
+        layer = Image.new("L", (2 * GLYPH, 2 * GLYPH))      # drawn at twice the size, for smooth edges
+        font, place = ImageFont.load_default(int(rng.integers(38, 47))), GLYPH + rng.uniform(-3, 3, 2)
+        ImageDraw.Draw(layer).text(tuple(place), LETTERS[label], 255, font, anchor="mm", stroke_width=2)
+        layer = layer.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC)
+        masks.append(np.asarray(layer.resize((GLYPH, GLYPH), Image.Resampling.BOX), np.float32) / 255)
+        ink, paper = rng.uniform(140, 255, (3, 1, 1)), rng.uniform(0, 90, (3, 1, 1))
+        images.append((masks[-1] * ink + (1 - masks[-1]) * paper).astype(np.uint8))
+    return torch.from_numpy(np.stack(images)), torch.from_numpy(labels), torch.from_numpy(np.stack(masks))
+
+
+def captioned_glyphs(n, seed):
+    """render_glyphs' letters in two named colours: images, labels, masks, and a list of n captions."""
+    _, labels, masks = render_glyphs(n, seed)
+    n, rng = len(labels), np.random.default_rng((seed, 1))
+    pairs = [rng.choice(list(COLOURS), 2, replace=False) for _ in range(n)]
+    ink, paper = torch.tensor([[COLOURS[name] for name in pair] for pair in pairs])[..., None, None].unbind(1)
+    images = (masks[:, None] * ink + (1 - masks[:, None]) * paper).to(torch.uint8)
+    captions = [f"{'an' if ink == 'orange' else 'a'} {ink} {LETTERS[label]} on {paper}"
+                for (ink, paper), label in zip(pairs, labels)]
+    return images, labels, masks, captions
+
+
+def write_images(folder, images, labels, captions=(), classes=LETTERS):
+    for i, (image, label) in enumerate(zip(images, labels)):
+        path = folder / classes[label] / f"{i:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+        if captions:
+            path.with_suffix(".txt").write_text(captions[i])
+
+
+def fit(net, loss_of, inputs, steps, title):
+    """Some hundred steps of AdamW with a cosine decay, enough for the demo's teacher and its judge."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in (bar := tqdm(range(steps), desc=title, dynamic_ncols=True)):
+        i = torch.randint(len(inputs[0]), (64,), generator=torch.Generator().manual_seed(step))
+        loss = loss_of(*(x[i] for x in inputs))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return net.eval().requires_grad_(False)
+
+
+def fit_teacher(path, images, labels, masks, patch=PATCH):
+    """A ViT of 4 blocks learns to say of each pixel, masks (n, R, R), to which class, or none, it belongs."""
+    torch.manual_seed(0)
+    R, kinds = images.shape[-1], 2 + int(labels.max())
+    config = dict(img_size=R, patch_size=patch, embed_dim=96, depth=4, num_heads=4, num_classes=0)
+    vit, side = VisionTransformer(**config), R // patch
+    head, normal = nn.Linear(96, patch ** 2 * kinds), haste.Teacher(copy.deepcopy(vit), (), side)
+
+    def pixel_loss(x, y, mask):
+        tokens = vit.forward_features((x - normal.mean) / normal.std)[:, 1:]
+        kind = (mask > 0.5) * (1 + y[:, None, None])                                        # (B, R, R)
+        kind = kind.reshape(-1, side, patch, side, patch).transpose(2, 3).flatten()         # patch by patch
+        return F.cross_entropy(head(tokens).reshape(-1, kinds), kind)
+
+    fit(nn.ModuleList([vit, head]), pixel_loss, (images, labels, masks), 400, "the demo's teacher")
+    write_file(path, lambda f: torch.save({"config": config, "model": vit.state_dict()}, f))
+
 
 class Judge(nn.Module):
     """A small convolutional classifier that teacher and student never meet: uint8 images (B, 3, R, R) ->
@@ -772,7 +853,7 @@ def fit_judge(images, labels, classes):
     def loss(x, y):
         return F.cross_entropy(judge(x)[1], y)
 
-    return haste.fit(judge, loss, (images, labels), 300, "the judge")
+    return fit(judge, loss, (images, labels), 300, "the judge")
 
 
 def write_rows(path, rows):
@@ -785,10 +866,64 @@ def write_rows(path, rows):
     write_file(path, lambda f: picture.save(f, "PNG"))
 
 
+def without(argv, *names):
+    """The flags without these and the value of each."""
+    kept = zip(argv, ["", *argv])
+    return [a for a, before in kept if a.split("=")[0] not in names and before not in names]
+
+
+def demo(args, given):
+    """--demo: draws letters, fits a teacher, then runs ordinary commands; other flags go to the training."""
+    given = [flag for flag in given if flag not in ("--demo", "--compare")]
+    if args.compare:
+        ours = "--model", "--seeds", "--seed", "--exp-name", "--data-dir"
+        return contest(args, without(given, *ours))
+    kind, _, _ = args.model.partition("-")
+    home, mode = Path(args.output_dir) / args.exp_name, "ddpm" if kind == "DiT" else "sde"
+    render, at = captioned_glyphs if kind == "MMDiT" else render_glyphs, shlex.quote(str(home))
+    images, labels, masks, *captions = render(4000, seed=0)
+    write_images(home / "glyphs", images, labels, *captions)
+    if not (home / "teacher.pt").is_file():
+        fit_teacher(home / "teacher.pt", images, labels, masks)
+
+    def command(line, *more):
+        argv = [*shlex.split(line), *more]
+        print("\n$ python haste.py", shlex.join(argv))
+        return haste.parse(argv)
+
+    plain = f"--resolution {GLYPH} --vae none" + " --text-encoder words" * bool(captions)
+    haste.prepare(command(f"--prepare {at}/glyphs --data-dir {at}/data {plain}"))
+    code = haste.train(command(
+        f"--model {args.model} --data-dir {at}/data --teacher {at}/teacher.pt "
+        f"--output-dir {shlex.quote(args.output_dir)} --exp-name {shlex.quote(args.exp_name)} "
+        f"--batch-size 64 --learning-rate 2e-3 --ema-decay 0.99 {DEMO_STEPS[kind]} --checkpointing-steps 350 "
+        f"--sampling-steps 350 --cfg-scale 2 --log-every 50 --num-workers 0",
+        *without(given, "--model", "--exp-name")))
+    if code:
+        return code
+    saved = sorted((home / "checkpoints").glob("[0-9]*.pt"))
+    what = ["--captions", *captions[0][:40]] if captions else ["--labels", *(str(i % 10) for i in range(40))]
+    last = shlex.quote(str(saved[-1]))
+    haste.sample_from(command(f"--sample {last} --mode {mode} --num-steps 50 --cfg-scale 2 "
+                              f"--out {at}/letters.png", *what))
+
+    # --- held-back letters against samples: as features see them, and as a network sees them that had no part
+    real, of, _, *captions = render(100, seed=2)
+    write_images(home / "real", real, of, *captions)
+    line = (f"--ckpt {last} --ref {at}/real --inception random --num-samples 100 --num-steps 50 "
+            f"--mode {mode} --cfg-scale 2 --json {at}/metrics.json")
+    if captions:
+        haste.prepare(command(f"--prepare {at}/real --data-dir {at}/real-data {plain}"))
+        line += f" --captions-from {at}/real-data"
+    print("\n$ python evaluate.py", line)
+    main(shlex.split(line))
+    judge_letters(home, saved, mode, render)
+
+
 @torch.no_grad()
 def judge_letters(home, checkpoints, mode, render):
     """Prints how many letters the judge reads right, real and each checkpoint's, and draws home/demo.png."""
-    classes, (real, of, _, *captions) = len(haste.LETTERS), render(500, seed=2)
+    classes, (real, of, _, *captions) = len(LETTERS), render(500, seed=2)
     with torch.enable_grad():
         judge = fit_judge(*render(4000, seed=1)[:2], classes)
     two_each = torch.stack([torch.nonzero(of == c)[:2, 0] for c in range(classes)]).T.flatten()
@@ -874,7 +1009,7 @@ class Bench:
             raise BadInput(f"--bench times a whole batch, in equal parts on {world} processes: choose "
                            f"another --batch-size, and leave --gradient-accumulation-steps out")
         kind, patch, row = haste.look_up(args.model)
-        S, n, blocks = self.R // 8, self.R // 8 // patch, args.teacher_blocks or row[4]
+        S, n, blocks = self.R // 8, self.R // 8 // patch, args.teacher_blocks or row.teacher_blocks
         self.plain_name = f"plain {kind.__name__}"
         with haste.first_on_node():
             try:
@@ -1004,7 +1139,7 @@ def three_parts(data_dir):
     Raises BadInput."""
     if data_dir is None:
         sets = ((4000, 0), (4000, 1), (2 * DRAWN, 2))
-        return [haste.render_glyphs(n, seed) for n, seed in sets], haste.LETTERS
+        return [render_glyphs(n, seed) for n, seed in sets], LETTERS
     data = haste.Data(data_dir)
     if data.vae or data.captions or len(data) < 20:
         raise BadInput(f"--compare takes 20 images and more, as pixels, with labels, and {data_dir} has "
@@ -1143,12 +1278,12 @@ def contest(args, given):
 
         # --- data, teacher, judge
         write_json(home / "protocol.json", protocol)
-        haste.write_images(home / "train", images, labels, classes=classes)
+        write_images(home / "train", images, labels, classes=classes)
         haste.prepare(haste.parse(["--prepare", f"{home}/train", "--data-dir", f"{home}/data",
                                    "--vae", "none", "--resolution", str(images.shape[-1])]))
         haste.settle(settled, haste.Data(home / "data"), 1)
         if not (home / "teacher.pt").is_file():
-            haste.fit_teacher(home / "teacher.pt", images, labels, masks, patch)
+            fit_teacher(home / "teacher.pt", images, labels, masks, patch)
         haste.load_teacher(settled.teacher, settled.grid, settled.teacher_blocks, settled.teacher_repo)
         if not (home / "judge.pt").is_file():
             judge, n = fit_judge(*judges[:2], len(classes)), min(DRAWN, len(rest[0]) // 2)

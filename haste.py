@@ -13,7 +13,8 @@
 
 The same command starts a run and resumes it. Sections 1 to 5 are the paper, 8 is the training loop; the
 rest is what a run needs besides: data, files, pictures, faults, flags. DiT and MM-DiT, the paper's other
-backbones, are section 11, which a reader who wants SiT alone can skip: all before it is said for SiT.
+backbones, are section 10, which a reader who wants SiT alone can skip: all before it is said for SiT.
+The demo's letters, their teacher and their judge stand in evaluate.py.
 
     paper     here       shape                  what it is
     x_0       x0         (B, C, S, S)           the clean sample: a VAE latent, or pixels in [-1, 1]
@@ -38,13 +39,13 @@ import json
 import math
 import os
 import re
-import shlex
 import signal
 import socket
 import sys
 import time
 import warnings
 import zipfile
+from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
 
@@ -58,7 +59,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Mlp, PatchEmbed, resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
@@ -96,14 +97,14 @@ AGAIN = 75      # the exit code that says "start me again" (EX_TEMPFAIL)
 
 # ---- 1. The student: SiT -----------------------------------------------------------------------------------
 
-# Attention blocks are counted from 0, the teacher's in a teacher of 12; feature blocks are counted from 1.
-#      depth width heads  student       teacher        feature  projector  tau
+# Attention blocks are counted from 0, the teacher's in a teacher of 12; the feature block is counted from 1.
+Row = namedtuple("Row", "depth width heads attention_blocks teacher_blocks feature_block projector_dim tau")
 MODELS = {
-    "XS": (6, 128, 4, (1, 2, 3), (9, 10, 11), 4, 256, 450),                     # not in the paper: the demo's
-    "S": (12, 384, 6, (2, 3, 4), (7, 9, 11), 5, 2048, 100_000),                 # not in the paper: B's row
-    "B": (12, 768, 12, (2, 3, 4), (7, 9, 11), 5, 2048, 100_000),
-    "L": (24, 1024, 16, (4, 5, 6, 7), (8, 9, 10, 11), 8, 2048, 250_000),
-    "XL": (28, 1152, 16, (4, 5, 6, 7), (8, 9, 10, 11), 8, 2048, 250_000),       # SiT's tau is 300K at 512
+    "XS": Row(6, 128, 4, (1, 2, 3), (9, 10, 11), 4, 256, 450),                  # not in the paper: the demo's
+    "S": Row(12, 384, 6, (2, 3, 4), (7, 9, 11), 5, 2048, 100_000),              # not in the paper: B's row
+    "B": Row(12, 768, 12, (2, 3, 4), (7, 9, 11), 5, 2048, 100_000),
+    "L": Row(24, 1024, 16, (4, 5, 6, 7), (8, 9, 10, 11), 8, 2048, 250_000),
+    "XL": Row(28, 1152, 16, (4, 5, 6, 7), (8, 9, 10, 11), 8, 2048, 250_000),    # SiT's tau is 300K at 512
 }
 NAMES = [f"SiT-{size}/{patch}" for size in MODELS for patch in (2, 4, 8)]
 
@@ -489,7 +490,7 @@ class Flow:
 
 
 def diffusion_of(model):
-    """Flow, or what the model (in DDP or not) names instead: a DiT, DDPM (section 11)."""
+    """Flow, or what the model (in DDP or not) names instead: a DiT, DDPM (section 10)."""
     return getattr(getattr(model, "module", model), "diffusion", Flow)
 
 
@@ -566,7 +567,7 @@ def sample(model, noise, labels, steps=250, cfg_scale=1.0, guidance=(0.0, 1.0), 
     def guides(t):
         return cfg_scale != 1 and guidance[0] <= t <= guidance[1]
 
-    if diffusion_of(model) is DDPM:     # section 11
+    if diffusion_of(model) is DDPM:     # section 10
         return ddpm_sample(velocity, noise.to(wide), steps, guides, mode, progress)
     if mode == "sde":
         times = [*torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist(), 0.0]
@@ -639,7 +640,7 @@ class Data(Dataset):
 
     data[indices, want_images] is {"labels" (B,), "moments" (B, 2C, S, S): the VAE's mean and std, "images"
     (B, 3, R, R) uint8}; images only where wanted, or where they are what is learned (vae is None).
-    With captions (section 11), "labels" are their encodings. Raises BadInput for a folder that holds no
+    With captions (section 10), "labels" are their encodings. Raises BadInput for a folder that holds no
     dataset, or half of one."""
 
     def __init__(self, folder):
@@ -1100,11 +1101,10 @@ def look_up(name):
 def build_model(name, kind=None, **sizes):
     """The model of that name, or of that kind; sizes are its class's arguments, and go before the table's."""
     named, patch, row = look_up(name)
-    depth, width, heads, attention_blocks, _, feature_block, projector_dim, _ = row
-    row = {"patch_size": patch, "hidden_size": width, "depth": depth, "num_heads": heads,
-           "attention_blocks": attention_blocks, "feature_block": feature_block,
-           "projector_dim": projector_dim}
-    return (kind or named)(**row | sizes)
+    table = {"patch_size": patch, "hidden_size": row.width, "depth": row.depth, "num_heads": row.heads,
+             "attention_blocks": row.attention_blocks, "feature_block": row.feature_block,
+             "projector_dim": row.projector_dim}
+    return (kind or named)(**table | sizes)
 
 
 def load_model(path, name):
@@ -1185,14 +1185,14 @@ def to_images(x0, vae=None, scale=1.0):
 
 def settle(args, data, world):
     """Fills in what the model's row and the dataset decide. Raises BadInput for flags that do not fit."""
-    kind, patch, (_, _, _, student, teacher, feature, _, tau) = look_up(args.model)
-    args.attention_blocks = args.attention_blocks or student
-    args.teacher_blocks = args.teacher_blocks or teacher
-    args.encoder_depth = args.encoder_depth or feature
+    kind, patch, row = look_up(args.model)
+    args.attention_blocks = args.attention_blocks or row.attention_blocks
+    args.teacher_blocks = args.teacher_blocks or row.teacher_blocks
+    args.encoder_depth = args.encoder_depth or row.feature_block
     args.num_classes = args.num_classes or len(data.classes)
     args.grid, side = data.shape[1] // patch, data.resolution
     if args.tau is None:
-        args.tau = 300_000 if args.model == "SiT-XL/2" and side == 512 else tau
+        args.tau = 300_000 if args.model == "SiT-XL/2" and side == 512 else row.tau
     mistakes = {
         f"--batch-size {args.batch_size} does not divide by {world} processes x "
         f"{args.gradient_accumulation_steps} accumulation steps":
@@ -1601,132 +1601,7 @@ def sample_from(args):
           f"guidance {args.cfg_scale}")
 
 
-# ---- 10. The demo: letters that Pillow draws, a teacher trained on them, and the commands above ------------
-
-LETTERS, GLYPH, PATCH = "ABCEHKRSTX", 24, 4
-DEMO_STEPS = {"SiT": "--tau 350 --max-train-steps 700", "DiT": "--tau 700 --max-train-steps 1400",
-              "MMDiT": "--tau 700 --max-train-steps 1400"}
-
-
-def render_glyphs(n, seed):
-    """n letters, bright on dark, of random colours, sizes, places and angles: images (n, 3, 24, 24) uint8,
-    labels (n,), masks (n, 24, 24) in [0, 1]."""
-    rng, images, masks = np.random.default_rng(seed), [], []
-    labels = rng.integers(len(LETTERS), size=n)
-    for label in labels:
-        layer = Image.new("L", (2 * GLYPH, 2 * GLYPH))      # drawn at twice the size, for smooth edges
-        font, place = ImageFont.load_default(int(rng.integers(38, 47))), GLYPH + rng.uniform(-3, 3, 2)
-        ImageDraw.Draw(layer).text(tuple(place), LETTERS[label], 255, font, anchor="mm", stroke_width=2)
-        layer = layer.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC)
-        masks.append(np.asarray(layer.resize((GLYPH, GLYPH), Image.Resampling.BOX), np.float32) / 255)
-        ink, paper = rng.uniform(140, 255, (3, 1, 1)), rng.uniform(0, 90, (3, 1, 1))
-        images.append((masks[-1] * ink + (1 - masks[-1]) * paper).astype(np.uint8))
-    return torch.from_numpy(np.stack(images)), torch.from_numpy(labels), torch.from_numpy(np.stack(masks))
-
-
-def write_images(folder, images, labels, captions=(), classes=LETTERS):
-    for i, (image, label) in enumerate(zip(images, labels)):
-        path = folder / classes[label] / f"{i:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-        if captions:
-            path.with_suffix(".txt").write_text(captions[i])
-
-
-def fit(net, loss_of, inputs, steps, title):
-    """Some hundred steps of AdamW with a cosine decay, enough for the demo's teacher and its judge."""
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in (bar := tqdm(range(steps), desc=title, dynamic_ncols=True)):
-        i = torch.randint(len(inputs[0]), (64,), generator=torch.Generator().manual_seed(step))
-        loss = loss_of(*(x[i] for x in inputs))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    return net.eval().requires_grad_(False)
-
-
-def fit_teacher(path, images, labels, masks, patch=PATCH):
-    """A ViT of 4 blocks learns to say of each pixel, masks (n, R, R), to which class, or none, it belongs."""
-    torch.manual_seed(0)
-    R, kinds = images.shape[-1], 2 + int(labels.max())
-    config = dict(img_size=R, patch_size=patch, embed_dim=96, depth=4, num_heads=4, num_classes=0)
-    vit, side = VisionTransformer(**config), R // patch
-    head, normal = nn.Linear(96, patch ** 2 * kinds), Teacher(copy.deepcopy(vit), (), side)
-
-    def pixel_loss(x, y, mask):
-        tokens = vit.forward_features((x - normal.mean) / normal.std)[:, 1:]
-        kind = (mask > 0.5) * (1 + y[:, None, None])                                        # (B, R, R)
-        kind = kind.reshape(-1, side, patch, side, patch).transpose(2, 3).flatten()         # patch by patch
-        return F.cross_entropy(head(tokens).reshape(-1, kinds), kind)
-
-    fit(nn.ModuleList([vit, head]), pixel_loss, (images, labels, masks), 400, "the demo's teacher")
-    write_file(path, lambda f: torch.save({"config": config, "model": vit.state_dict()}, f))
-
-
-def without(argv, *names):
-    """The flags without these and the value of each."""
-    kept = zip(argv, ["", *argv])
-    return [a for a, before in kept if a.split("=")[0] not in names and before not in names]
-
-
-def demo(args, given):
-    """--demo: draws letters, fits a teacher, then runs ordinary commands; other flags go to the training."""
-    if args.compare:
-        import evaluate
-        ours = "--model", "--seeds", "--seed", "--exp-name", "--data-dir"
-        return evaluate.contest(args, without(given, *ours))
-    kind, _, _ = args.model.partition("-")
-    home, mode = Path(args.output_dir) / args.exp_name, "ddpm" if kind == "DiT" else "sde"
-    render, at = captioned_glyphs if kind == "MMDiT" else render_glyphs, shlex.quote(str(home))
-    images, labels, masks, *captions = render(4000, seed=0)
-    write_images(home / "glyphs", images, labels, *captions)
-    if not (home / "teacher.pt").is_file():
-        fit_teacher(home / "teacher.pt", images, labels, masks)
-
-    def command(line, *more):
-        argv = [*shlex.split(line), *more]
-        print("\n$ python haste.py", shlex.join(argv))
-        return parse(argv)
-
-    plain = f"--resolution {GLYPH} --vae none" + " --text-encoder words" * bool(captions)
-    prepare(command(f"--prepare {at}/glyphs --data-dir {at}/data {plain}"))
-    if train(command(f"--model {args.model} --data-dir {at}/data --teacher {at}/teacher.pt "
-                     f"--output-dir {shlex.quote(args.output_dir)} --exp-name {shlex.quote(args.exp_name)} "
-                     f"--batch-size 64 --learning-rate 2e-3 --ema-decay 0.99 {DEMO_STEPS[kind]} "
-                     f"--checkpointing-steps 350 --sampling-steps 350 --cfg-scale 2 --log-every 50 "
-                     f"--num-workers 0", *without(given, "--model", "--exp-name"))) == AGAIN:
-        return AGAIN
-    saved = sorted((home / "checkpoints").glob("[0-9]*.pt"))
-    what = ["--captions", *captions[0][:40]] if captions else ["--labels", *(str(i % 10) for i in range(40))]
-    last = shlex.quote(str(saved[-1]))
-    sample_from(command(f"--sample {last} --mode {mode} --num-steps 50 --cfg-scale 2 "
-                        f"--out {at}/letters.png", *what))
-
-    # --- held-back letters against samples: as features see them, and as a network sees them that had no part
-    import evaluate
-    real, of, _, *captions = render(100, seed=2)
-    write_images(home / "real", real, of, *captions)
-    line = (f"--ckpt {last} --ref {at}/real --inception random --num-samples 100 --num-steps 50 "
-            f"--mode {mode} --cfg-scale 2 --json {at}/metrics.json")
-    if captions:
-        prepare(command(f"--prepare {at}/real --data-dir {at}/real-data {plain}"))
-        line += f" --captions-from {at}/real-data"
-    print("\n$ python evaluate.py", line)
-    evaluate.main(shlex.split(line))
-    evaluate.judge_letters(home, saved, mode, render)
-
-
-def bench(args):
-    """--bench: how long a step takes, in both phases and without alignment."""
-    import evaluate
-    evaluate.bench(args)
-
-
-# ---- 11. The paper's other backbones: DiT, which learns the noise, and MM-DiT, which reads texts -----------
+# ---- 10. The paper's other backbones: DiT, which learns the noise, and MM-DiT, which reads texts -----------
 
 @functools.lru_cache(maxsize=8)
 def ddpm_schedule(steps, device, dtype):
@@ -1905,7 +1780,7 @@ class MMDiT(Backbone):
         return self.x_embedder(x) + self.pos_embed, self.t_embedder(t), text
 
 
-MODELS["MMDiT"] = (24, 768, 24, (4, 5, 6, 7), (8, 9, 10, 11), 8, 2048, 200_000)
+MODELS["MMDiT"] = Row(24, 768, 24, (4, 5, 6, 7), (8, 9, 10, 11), 8, 2048, 200_000)
 NAMES += ["MMDiT", "MMDiT-XS/4"]        # the paper's, and the demo's
 KINDS = {"SiT": SiT, "DiT": DiT, "MMDiT": MMDiT}
 
@@ -2085,25 +1960,7 @@ def encode_captions(model, made, args, device):
     return contexts
 
 
-# The demo's letters for MM-DiT
-
-COLOURS = {"red": (215, 40, 40), "green": (40, 160, 60), "blue": (45, 70, 215), "orange": (245, 145, 30),
-           "white": (240, 240, 240), "black": (20, 20, 20)}
-
-
-def captioned_glyphs(n, seed):
-    """render_glyphs' letters in two named colours: images, labels, masks, and a list of n captions."""
-    _, labels, masks = render_glyphs(n, seed)
-    n, rng = len(labels), np.random.default_rng((seed, 1))
-    pairs = [rng.choice(list(COLOURS), 2, replace=False) for _ in range(n)]
-    ink, paper = torch.tensor([[COLOURS[name] for name in pair] for pair in pairs])[..., None, None].unbind(1)
-    images = (masks[:, None] * ink + (1 - masks[:, None]) * paper).to(torch.uint8)
-    captions = [f"{'an' if ink == 'orange' else 'a'} {ink} {LETTERS[label]} on {paper}"
-                for (ink, paper), label in zip(pairs, labels)]
-    return images, labels, masks, captions
-
-
-# ---- 12. The command line ----------------------------------------------------------------------------------
+# ---- 11. The command line ----------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -2217,7 +2074,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     args.model = args.model or ("SiT" if args.demo else "SiT-XL/2")
     if args.demo and args.model in KINDS:
-        args.model = f"{args.model}-XS/{PATCH}"
+        args.model = f"{args.model}-XS/4"
     if args.compare and not args.demo or args.seeds and not args.compare:
         raise BadInput("--compare goes with --demo, and --seeds with both: leave them out, or say --demo")
     if args.model not in NAMES:
@@ -2256,11 +2113,14 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     with mistakes_told("haste.py"):
         args = parse(argv)
-        if args.demo:
-            code = demo(args, [a for a in argv if a not in ("--demo", "--compare")])
+        if args.demo or args.bench:
+            try:
+                import evaluate
+            except ImportError as e:
+                raise BadInput(f"--demo and --bench need evaluate.py beside haste.py: {brief(e)}") from e
+            code = evaluate.demo(args, argv) if args.demo else evaluate.bench(args)
         else:
-            task = prepare if args.prepare else sample_from if args.sample else bench if args.bench else train
-            code = task(args)
+            code = (prepare if args.prepare else sample_from if args.sample else train)(args)
     if dist.is_initialized():
         dist.destroy_process_group()
     if code:

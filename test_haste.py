@@ -1286,44 +1286,7 @@ def test_sample_draws_the_labels_asked_for_from_the_ema(world, latents, tmp_path
     assert (args["vae"], args["scale"]) == ("stub", 0.25)
 
 
-# ---- 10. The demo ------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("kind", ["SiT", "DiT", "MMDiT"])
-def test_the_demo_is_a_row_of_ordinary_commands(tiny, tmp_path, monkeypatch, capsys, kind):
-    real, draw, render = haste.fit, haste.sample, haste.render_glyphs
-    monkeypatch.setattr(haste, "fit",
-                        lambda net, loss, inputs, steps, title: real(net, loss, inputs, 2, title))
-    monkeypatch.setattr(haste, "sample", lambda *a, **kw: draw(*a, **kw | {"steps": 2}) if "steps" in kw
-                        else draw(*a[:3], 2, *a[4:], **kw))
-    monkeypatch.setattr(haste, "render_glyphs", lambda n, seed: render(min(n, 200), seed))
-    name, which = ("demo", []) if kind == "SiT" else (f"demo-{kind}", ["--model", kind])
-    haste.main(["--demo", *which, "--output-dir", str(tmp_path), "--tau", "1", "--max-train-steps", "2"])
-    out, home = capsys.readouterr().out.splitlines(), tmp_path / name
-    commands = [shlex.split(line)[2:] for line in out if line.startswith("$ python ")]
-    again = [["haste.py", "--prepare"]] * (kind == "MMDiT")      # the held-back letters' captions
-    assert [c[:2] for c in commands] == [["haste.py", "--prepare"], ["haste.py", "--model"],
-                                          ["haste.py", "--sample"], *again, ["evaluate.py", "--ckpt"]]
-    assert commands[1][2] == f"{kind}-XS/4"
-    assert (home / "demo.png").is_file() and sum("the judge reads" in line for line in out) == 3
-    assert [m["phase"] for m in metrics(tmp_path, name)] == [1, 2]
-    told = json.loads((home / "metrics.json").read_text())
-    assert {"fid", "sfid", "is", "precision", "recall"} < told.keys()
-    for script, *command in commands:       # they work by themselves, too
-        results = (haste if script == "haste.py" else evaluate).main(command)
-    assert results == {k: told[k] for k in results}
-
-
-def test_glyphs_are_letters_in_place():
-    images, labels, masks = haste.render_glyphs(50, seed=5)
-    assert images.shape == (50, 3, 24, 24) and images.dtype == torch.uint8 and masks.shape == (50, 24, 24)
-    assert set(labels.tolist()) <= set(range(10))
-    assert same(haste.render_glyphs(50, seed=5), (images, labels, masks))
-    ink = (images.float().mean(1) * (masks > 0.9)).sum((1, 2)) / (masks > 0.9).sum((1, 2))
-    paper = (images.float().mean(1) * (masks < 0.1)).sum((1, 2)) / (masks < 0.1).sum((1, 2))
-    assert (ink > paper + 20).all() and (0.05 < masks.mean((1, 2))).all() and (masks.mean((1, 2)) < 0.5).all()
-
-
-# ---- 11. The other backbones -------------------------------------------------------------------------------
+# ---- 10. The other backbones -------------------------------------------------------------------------------
 
 def frozen(seed, *shape):
     return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
@@ -2011,7 +1974,7 @@ def test_the_trigger_measures_the_other_backbones_feature_block(make, condition)
     assert cosine == pytest.approx(F.cosine_similarity(a, b, dim=0).item(), abs=1e-5)
 
 
-# ---- 12. Mistakes get one sentence and exit code 2 ---------------------------------------------------------
+# ---- 11. Mistakes get one sentence and exit code 2 ---------------------------------------------------------
 
 @pytest.mark.parametrize("wrong, sentence", [
     (dict(data_dir="/nowhere"), "--prepare"), (dict(model="SiT-H/2"), "unknown model 'SiT-H/2'"),
@@ -2054,6 +2017,8 @@ def test_mistakes_in_data_and_files(world, tmp_path, capsys, monkeypatch):
     assert not out.exists()
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert "pip install diffusers" in complaint(capsys, ["--prepare", world / "images", "--data-dir", out])
+    monkeypatch.setitem(sys.modules, "evaluate", None)
+    assert "evaluate.py beside haste.py" in complaint(capsys, ["--demo"])
     (out / "checkpoints").mkdir(parents=True)
     assert "holds other things" in complaint(capsys, ["--prepare", world / "images", "--data-dir", out,
                                                       "--vae", "none"])
@@ -2083,7 +2048,7 @@ def test_the_checkpoint_of_another_model_is_refused_and_kept(world, tmp_path, ca
     assert "cannot be read" in complaint(capsys, ["--sample", path])
 
 
-# ---- 13. evaluate.py: the numbers of ADM's evaluator -------------------------------------------------------
+# ---- 12. evaluate.py: the numbers of ADM's evaluator -------------------------------------------------------
 
 import evaluate     # noqa: E402: here, with all that needs it
 
@@ -2707,7 +2672,44 @@ def test_a_disk_too_small_for_the_samples_is_said_at_once(tiny, mess, tmp_path, 
     assert "0.8 GB" in said and "0.7 GB are free" in said and not list(tmp_path.iterdir())
 
 
-# ---- 14. The comparison: haste.py --demo --compare ---------------------------------------------------------
+# ---- 13. evaluate.py: the demo, haste.py --demo ------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", ["SiT", "DiT", "MMDiT"])
+def test_the_demo_is_a_row_of_ordinary_commands(tiny, tmp_path, monkeypatch, capsys, kind):
+    real, draw, render = evaluate.fit, haste.sample, evaluate.render_glyphs
+    monkeypatch.setattr(evaluate, "fit",
+                        lambda net, loss, inputs, steps, title: real(net, loss, inputs, 2, title))
+    monkeypatch.setattr(haste, "sample", lambda *a, **kw: draw(*a, **kw | {"steps": 2}) if "steps" in kw
+                        else draw(*a[:3], 2, *a[4:], **kw))
+    monkeypatch.setattr(evaluate, "render_glyphs", lambda n, seed: render(min(n, 200), seed))
+    name, which = ("demo", []) if kind == "SiT" else (f"demo-{kind}", ["--model", kind])
+    haste.main(["--demo", *which, "--output-dir", str(tmp_path), "--tau", "1", "--max-train-steps", "2"])
+    out, home = capsys.readouterr().out.splitlines(), tmp_path / name
+    commands = [shlex.split(line)[2:] for line in out if line.startswith("$ python ")]
+    again = [["haste.py", "--prepare"]] * (kind == "MMDiT")      # the held-back letters' captions
+    assert [c[:2] for c in commands] == [["haste.py", "--prepare"], ["haste.py", "--model"],
+                                          ["haste.py", "--sample"], *again, ["evaluate.py", "--ckpt"]]
+    assert commands[1][2] == f"{kind}-XS/4"
+    assert (home / "demo.png").is_file() and sum("the judge reads" in line for line in out) == 3
+    assert [m["phase"] for m in metrics(tmp_path, name)] == [1, 2]
+    told = json.loads((home / "metrics.json").read_text())
+    assert {"fid", "sfid", "is", "precision", "recall"} < told.keys()
+    for script, *command in commands:       # they work by themselves, too
+        results = (haste if script == "haste.py" else evaluate).main(command)
+    assert results == {k: told[k] for k in results}
+
+
+def test_glyphs_are_letters_in_place():
+    images, labels, masks = evaluate.render_glyphs(50, seed=5)
+    assert images.shape == (50, 3, 24, 24) and images.dtype == torch.uint8 and masks.shape == (50, 24, 24)
+    assert set(labels.tolist()) <= set(range(10))
+    assert same(evaluate.render_glyphs(50, seed=5), (images, labels, masks))
+    ink = (images.float().mean(1) * (masks > 0.9)).sum((1, 2)) / (masks > 0.9).sum((1, 2))
+    paper = (images.float().mean(1) * (masks < 0.1)).sum((1, 2)) / (masks < 0.1).sum((1, 2))
+    assert (ink > paper + 20).all() and (0.05 < masks.mean((1, 2))).all() and (masks.mean((1, 2)) < 0.5).all()
+
+
+# ---- 14. evaluate.py: the comparison, haste.py --demo --compare --------------------------------------------
 
 def test_initial_weights_are_a_function_of_the_seed_whatever_the_teachers_width():
     for make in (tiny_sit, tiny_dit):
@@ -2719,8 +2721,8 @@ def test_initial_weights_are_a_function_of_the_seed_whatever_the_teachers_width(
 @pytest.fixture
 def contest(world, tmp_path, monkeypatch):
     """contest(*flags): the comparison on the world's squares, 10 steps a run, in this process. Its folder."""
-    fit = haste.fit
-    monkeypatch.setattr(haste, "fit",
+    fit = evaluate.fit
+    monkeypatch.setattr(evaluate, "fit",
                         lambda net, loss, inputs, steps, title: fit(net, loss, inputs, 3, title))
     monkeypatch.setattr(evaluate, "run_all", lambda jobs, *_: [evaluate.contend(*job) for job in jobs]
                         and None)
@@ -2791,7 +2793,7 @@ def test_what_is_held_back_is_not_trained_on(world):
         assert not seen & kept and len(kept) == (2000 if where is None else 10)
         assert train[0].dtype == torch.uint8
         assert (set(train[1].tolist()) | set(rest[1].tolist())) <= set(range(len(classes)))
-    assert not seen & {image.tobytes() for image in haste.render_glyphs(50, 1)[0].numpy()}
+    assert not seen & {image.tobytes() for image in evaluate.render_glyphs(50, 1)[0].numpy()}
 
 
 def test_a_run_of_the_comparison_that_fails_is_named_with_its_log(tmp_path):
