@@ -11,7 +11,7 @@
     recall      the share of reference images that lie as near to a sample
 
 REF is what openai/guided-diffusion published (VIRTUAL_imagenet256_labeled.npz), which DiT, SiT, REPA and
-HASTE report with; so is the protocol. Samples are measured as they are drawn: none need be kept.
+HASTE report with, by the same protocol. Samples are measured as they are drawn: none need be kept.
 
 Sections 1 to 5 are that. Behind them stands what haste.py runs for --demo, --bench and --demo --compare.
 """
@@ -228,7 +228,14 @@ def keys_of(path):
         raise BadInput(f"{path} is no whole .npz file ({brief(e)})") from e
 
 
-class Npz(Dataset):
+class Images(Dataset):
+    """images[range] gives (B, 3, H, W) uint8; shape is (n, H, W, 3)."""
+
+    def __len__(self):
+        return self.shape[0]
+
+
+class Npz(Images):
     """arr_0 of an ADM .npz, (n, H, W, 3) uint8, read in rows from the file, never as a whole."""
 
     def __init__(self, path):
@@ -257,9 +264,6 @@ class Npz(Dataset):
     def __reduce__(self):
         return Npz, (self.path,)
 
-    def __len__(self):
-        return self.shape[0]
-
     def __getitem__(self, rows):
         each = int(np.prod(self.shape[1:]))
         try:
@@ -273,7 +277,7 @@ class Npz(Dataset):
         return torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
 
 
-class Folder(Dataset):
+class Folder(Images):
     """The images below a folder, all of one size."""
 
     def __init__(self, folder):
@@ -281,9 +285,6 @@ class Folder(Dataset):
         if not len(self.files):
             raise BadInput(f"{folder} has no images ({', '.join(haste.ENDINGS)})")
         self.shape = (len(self.files), *self.files[0].shape[1:], 3)
-
-    def __len__(self):
-        return len(self.files)
 
     def __getitem__(self, rows):
         images, paths = [self.files[i] for i in rows], self.files.paths
@@ -294,19 +295,16 @@ class Folder(Dataset):
         return torch.from_numpy(np.stack(images))
 
 
-class Prepared(Dataset):
+class Prepared(Images):
     """The images of a dataset that `haste.py --prepare`, or REPA's preprocessing, made."""
 
     def __init__(self, folder):
         self.data = haste.Data(folder)
         self.shape = (len(self.data), self.data.resolution, self.data.resolution, 3)
 
-    def __len__(self):
-        return len(self.data)
-
     def __getitem__(self, rows):
         try:
-            return self.data[np.array(rows), True]["images"]
+            return torch.from_numpy(np.stack([self.data.images[i] for i in self.data.slots[rows]]))
         except (ValueError, OSError) as e:      # of REPA's files: a broken one, or one of another size
             raise BadInput(f"{self.data.folder}, images {rows.start} to {rows.stop - 1}: {brief(e)}") from e
 
@@ -363,7 +361,7 @@ def open_reference(path):
     return statistics, None if alone else open_images(path)
 
 
-class Generated:
+class Generated(Images):
     """Samples of a checkpoint's EMA: batch i is a function of (seed, i), whatever the number of processes."""
 
     def __init__(self, args, device):
@@ -418,9 +416,6 @@ class Generated:
     def decode(self, x):
         return haste.to_images(x, self.vae, self.scale)
 
-    def __len__(self):
-        return self.args.num_samples
-
     def __getitem__(self, rows):
         args, labels = self.args, self.conditions(rows)
         keys = np.random.SeedSequence((args.seed, rows.start)).generate_state(2, np.uint64) >> np.uint64(1)
@@ -436,10 +431,8 @@ class Generated:
 
 def read(images, requests, args):
     """images[rows] for each of the ranges requested: drawn here, or read by args.num_workers processes."""
-    if isinstance(images, Generated):
-        yield from (images[rows] for rows in requests)
-        return
-    yield from DataLoader(images, batch_size=None, sampler=requests, num_workers=args.num_workers)
+    workers = 0 if isinstance(images, Generated) else args.num_workers
+    return DataLoader(images, batch_size=None, sampler=requests, num_workers=workers)
 
 
 class Gathered:
@@ -465,13 +458,14 @@ class Gathered:
         return torch.cat(self.kept) if self.kept else torch.zeros(0, POOL)
 
     def merge(self):
-        """Adds up the sums, and joins the features, of all processes."""
+        """Adds up the sums of all processes; the first gets all features."""
         if not dist.is_initialized():
             return
         for x in self.sums():
             dist.all_reduce(x)
-        self.kept, mine = [None] * dist.get_world_size(), self.pooled()
-        dist.all_gather_object(self.kept, mine)
+        parts = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(self.pooled(), parts)
+        self.kept = parts or []
 
     def save(self, path, done):
         state = {"done": done, "sums": self.sums(), "kept": self.pooled()}
@@ -602,16 +596,21 @@ FID_SOURCE = "github.com/atong01/conditional-flow-matching/issues/111"
 FID_BIAS = (9.75 - 5.12) / (1 / 5_000 - 1 / 50_000)
 
 
-def warnings(samples, images_of_ref):
+def warnings(samples, own, images_of_ref):
     """Sentences on what makes these figures incomparable with published ones."""
     n = len(samples)
     if images_of_ref is not None and images_of_ref.shape[1:3] != samples.shape[1:3]:
         yield f"samples are {size_of(samples.shape)}, reference images {size_of(images_of_ref.shape)}"
-    if n < 50_000:
-        lacks = f", fewer than the {POOL:,} features, so that the covariance lacks rank" if n <= POOL else ""
+    if n < 50_000 and not own:
+        lacks = f", no more than the {POOL:,} features, so the covariance lacks rank" if n <= POOL else ""
         yield (f"{n:,} samples{lacks}: FID is biased upwards, by a term in 1/n (Chong and Forsyth, 2020); a "
                f"CIFAR-10 model had 5.12 with 50,000 and 9.75 with 5,000 ({FID_SOURCE}), by which rule it "
                f"would have {5.12 + FID_BIAS * (1 / n - 1 / 50_000):.3g} with {n:,}")
+    paths = samples.files.paths if isinstance(samples, Folder) else []
+    if any(path.suffix.lower() in (".jpg", ".jpeg") for path in paths):
+        yield "samples are JPEG files: FID sees what that compression did to them"
+    if n > SPLIT and (isinstance(samples, Prepared) or len({path.parent for path in paths}) > 1):
+        yield f"samples come folder by folder, as do the splits of {SPLIT:,} for IS, which is then too low"
 
 
 def stamp(path):
@@ -663,7 +662,7 @@ class Outputs:
                            f"written, and {free / 1e9:.1f} GB are free")
         for state in states:
             state.unlink(missing_ok=True)
-        np.lib.format.open_memmap(self.raw, "w+", np.uint8, self.shape)
+        haste.new_array(self.raw, np.uint8, self.shape)
 
     def write(self, results, protocol):
         report = json.dumps(results | {"protocol": protocol}, indent=1).encode()
@@ -707,7 +706,8 @@ def evaluate(args):
     args.batch_size = args.batch_size or (64 if device.type == "cuda" else 32)
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     # TF32, on by default for convolutions, moves FID in the third digit.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     if args.make_ref:
         return make_ref(args, rank, world, device)
 
@@ -722,7 +722,7 @@ def evaluate(args):
     if rank == 0:
         for name, value in protocol.items():
             show(f"{name:18} {value}", args)
-        for warning in warnings(samples, images_of_ref):
+        for warning in warnings(samples, own, images_of_ref):
             show(f"warning: {warning}", args)
 
     # --- features: first the reference's, in which there may still be a broken image
@@ -849,11 +849,7 @@ class Judge(nn.Module):
 def fit_judge(images, labels, classes):
     torch.manual_seed(1)
     judge = Judge(classes)
-
-    def loss(x, y):
-        return F.cross_entropy(judge(x)[1], y)
-
-    return fit(judge, loss, (images, labels), 300, "the judge")
+    return fit(judge, lambda x, y: F.cross_entropy(judge(x)[1], y), (images, labels), 300, "the judge")
 
 
 def write_rows(path, rows):
@@ -926,14 +922,12 @@ def judge_letters(home, checkpoints, mode, render):
     classes, (real, of, _, *captions) = len(LETTERS), render(500, seed=2)
     with torch.enable_grad():
         judge = fit_judge(*render(4000, seed=1)[:2], classes)
+    wanted = of[:100] if captions else torch.arange(100) % classes
+    labels = haste.Words()(captions[0][:100]) if captions else wanted
     two_each = torch.stack([torch.nonzero(of == c)[:2, 0] for c in range(classes)]).T.flatten()
     rows = [(f"real letters: the judge reads {judge.right(real, of):.0%} right", real[two_each])]
     for path in checkpoints:
-        (model, made), wanted = haste.load_model(path, None), torch.arange(100) % classes
-        labels = wanted
-        if captions:
-            wanted = of[:100]
-            labels = haste.load_text_encoder(made["text_encoder"], "cpu")(captions[0][:100])
+        model, _ = haste.load_model(path, None)
         noise = haste.seeded_noise(model, len(wanted), 0, "cpu")
         torch.manual_seed(1)
         drawn = haste.to_images(haste.sample(model, noise, labels, steps=50, cfg_scale=2.0, mode=mode))
@@ -1010,16 +1004,22 @@ class Bench:
                            f"another --batch-size, and leave --gradient-accumulation-steps out")
         kind, patch, row = haste.look_up(args.model)
         S, n, blocks = self.R // 8, self.R // 8 // patch, args.teacher_blocks or row.teacher_blocks
+        aligned = args.attention_blocks or row.attention_blocks
+        if len(aligned) != len(blocks):
+            raise BadInput("--attention-blocks and --teacher-blocks must be as many")
         self.plain_name = f"plain {kind.__name__}"
         with haste.first_on_node():
             try:
                 self.teacher = haste.load_teacher(args.teacher, n, blocks, args.teacher_repo)
                 self.shown = args.teacher
             except BadInput:
+                if args.teacher not in haste.DINOV2:
+                    raise
                 vit = VisionTransformer(img_size=14 * n, patch_size=14, num_classes=0, init_values=1.0)
                 self.teacher, self.shown = haste.Teacher(vit, blocks, n), "a ViT-B/14 with random weights"
         self.teacher.to(device)
-        sizes = dict(input_size=S, teacher_dim=self.teacher.dim)
+        sizes = dict(input_size=S, teacher_dim=self.teacher.dim, attention_blocks=aligned,
+                     feature_block=args.encoder_depth or row.feature_block)
         self.plain, self.ours = (
             haste.Learner(haste.build_model(args.model, kind=kind, **sizes).to(device), args, device)
             for kind in (type("PlainBackbone", (Plain, kind), {}), kind))
@@ -1050,8 +1050,7 @@ class Bench:
             self.ours.ema(x.repeat(times, 1, 1, 1), t.repeat(times), torch.cat(times * [labels]))
 
     def synchronize(self):
-        if self.cuda:
-            torch.cuda.synchronize()
+        getattr(torch, self.device.type).synchronize()
 
     def time(self, name, steps):
         """(seconds a step, GiB: the row's own weights, EMA and optimizer, and above that, its steps')."""
@@ -1095,6 +1094,7 @@ def bench(args):
         return
 
     name = torch.cuda.get_device_name() if b.cuda else f"{torch.get_num_threads()} CPU threads"
+    name = "MPS" if b.device.type == "mps" else name
     peak = next((p for key, p in PEAKS.items() if key in name), None) if args.precision != "fp32" else None
     report = {"model": args.model, "device": f"{world} x {name}", "batch a device": b.B, "resolution": b.R,
               "precision": args.precision, "compiled": args.compile, "teacher": b.shown,
@@ -1104,13 +1104,13 @@ def bench(args):
           f"{'over plain':>12}")
     rows = report["rows"] = {}
     for name, x in times.items():
-        ms, work = 1e3 * np.median(x), b.B * counted[name]
+        (low, ms, high), work = 1e3 * np.quantile(x, (0, 0.5, 1)), b.B * counted[name]
         over = np.median(np.divide(x, times[b.plain_name]))      # of neighbours in time
         rate, speed = 1e3 * world * b.B / ms, 1e3 * work / ms
-        rows[name] = {"ms": ms, "ms_low": 1e3 * min(x), "ms_high": 1e3 * max(x), "images_per_sec": rate,
+        rows[name] = {"ms": ms, "ms_low": low, "ms_high": high, "images_per_sec": rate,
                       "tflop": work, "tflop_per_sec": speed, "mfu": peak and speed / peak,
                       "peak_memory_gib": memory[name], "over_plain": over}
-        spread = f"{ms:.1f} ({1e3 * min(x):.1f}-{1e3 * max(x):.1f})"
+        spread = f"{ms:.1f} ({low:.1f}-{high:.1f})"
         mfu, gib = f"{speed / peak:.1%}" if peak else "-", f"{memory[name]:.2f}" if memory[name] else "-"
         print(f"{name:18}{spread:>26}{rate:>10.1f}{work:>9.3f}{speed:>9.3f}{mfu:>7}{gib:>7}{over:>12.3f}")
     report["phase2_over_plain"] = rows["phase II"]["over_plain"]
@@ -1165,10 +1165,9 @@ def contend(run, argv, judge_file):
     """One run of the comparison: it trains, then the judge measures samples of its checkpoints."""
     with torch.enable_grad():
         haste.main(argv)
-    args, told, saved = haste.parse(argv), run / "judged.json", haste.load_file(judge_file)
+    args, results, saved = haste.parse(argv), judged(run), haste.load_file(judge_file)
     device, judge = haste.setup(args)[2], Judge(saved["classes"]).eval()
     judge.load_state_dict(saved["model"])
-    results = read_json(told) if told.is_file() else {}
     for step in range(args.checkpointing_steps, args.max_train_steps + 1, args.checkpointing_steps):
         if str(step) in results:
             continue
@@ -1184,7 +1183,7 @@ def contend(run, argv, judge_file):
         reference = (x.numpy() for x in saved["reference"])
         results[str(step)] = {"distance": frechet_distance(*statistics(judge, images), *reference),
                               "right": judge.right(images, saved["labels"])}
-        write_json(told, results)
+        write_json(run / "judged.json", results)
 
 
 def lines_of(run):
@@ -1274,7 +1273,8 @@ def contest(args, given):
     with haste.exclusive(home):
         ((images, labels, masks), judges, rest), classes = three_parts(args.data_dir)
         if (home / "protocol.json").is_file() and read_json(home / "protocol.json") != protocol:
-            raise BadInput(f"{home} holds a comparison with other flags: name another --exp-name")
+            raise BadInput(f"{home} holds a comparison with other flags: delete it, or name another "
+                           f"--exp-name")
 
         # --- data, teacher, judge
         write_json(home / "protocol.json", protocol)
@@ -1294,14 +1294,12 @@ def contest(args, given):
             write_file(home / "judge.pt", lambda f: torch.save(state, f))
 
         # --- the runs: those that measure angles take longest, and go first
-        runs = {(name, seed): home / f"seed{seed}" / name
-                for seed in range(args.seed, args.seed + (args.seeds or 1)) for name in VARIANTS}
-        jobs = []
-        for (name, seed), run in reversed(runs.items()):
+        jobs, seeds = [], range(args.seed, args.seed + (args.seeds or 1))
+        for seed, name in itertools.product(reversed(seeds), reversed(VARIANTS)):
             argv = [*common, *VARIANTS[name].split(), "--seed", str(seed),
                     "--exp-name", f"{args.exp_name}/seed{seed}/{name}"]
             print("$ python haste.py", shlex.join(argv))
-            jobs.append((run, argv, home / "judge.pt"))
+            jobs.append((home / f"seed{seed}" / name, argv, home / "judge.pt"))
         with haste.stop_signals() as caught:
             if code := run_all(jobs, last, on_gpu, caught):
                 print("stopped: the same command goes on")
@@ -1434,6 +1432,8 @@ def parse(argv):
             raise BadInput(f"--{name} says nothing about --{task}: leave it out".replace("_", "-"))
     if task != "make_ref" and not args.ref:
         raise BadInput("--ref is missing: the README says where references are, and --make-ref makes one")
+    if args.guidance_low > args.guidance_high:
+        raise BadInput("--guidance-low lies above --guidance-high: there would be no guidance")
     if args.model not in haste.NAMES:
         raise BadInput(f"unknown model {args.model!r}: choose one of {', '.join(haste.NAMES)}")
     return args

@@ -610,6 +610,15 @@ def load_array(path, kind, *shape):
     return array
 
 
+def new_array(path, dtype, shape):
+    """A memory map of a new .npy file that has all the disk space it will need."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, tuple(map(int, shape)))
+    if hasattr(os, "posix_fallocate"):      # not on macOS and Windows
+        with open(path, "r+b") as f:
+            os.posix_fallocate(f.fileno(), 0, array.offset + array.nbytes)
+    return array
+
+
 class Files:
     """Files in place of an array: files[i] reads the i-th. Raises BadInput where all are not of one size."""
 
@@ -844,10 +853,7 @@ def prepare(args):
         if other := {f.name for f in out.iterdir()} - {"files.json", *(f"{name}.npy" for name in shapes)}:
             raise BadInput(f"--data-dir {out} holds other things ({min(other)}): name a new folder")
         for name, (dtype, *shape) in shapes.items():
-            array = np.lib.format.open_memmap(out / f"{name}.npy", "w+", dtype, tuple(map(int, shape)))
-            if hasattr(os, "posix_fallocate"):      # not on macOS and Windows
-                with open(out / f"{name}.npy", "r+b") as f:
-                    os.posix_fallocate(f.fileno(), 0, array.offset + array.nbytes)
+            array = new_array(out / f"{name}.npy", dtype, shape)
             if name == "labels":
                 array[:] = TODO
             elif name == "empty_context":
@@ -2079,6 +2085,8 @@ def parse(argv):
         raise BadInput("--compare goes with --demo, and --seeds with both: leave them out, or say --demo")
     if args.model not in NAMES:
         raise BadInput(f"unknown model {args.model!r}: choose one of {', '.join(NAMES)}")
+    if args.guidance_low > args.guidance_high:
+        raise BadInput("--guidance-low lies above --guidance-high: there would be no guidance")
     if (args.captions or args.text_encoder) and not (args.prepare or args.sample):
         raise BadInput("--captions and --text-encoder go with --prepare or --sample: leave them out")
     if args.demo:

@@ -1987,7 +1987,8 @@ def test_the_trigger_measures_the_other_backbones_feature_block(make, condition)
     (dict(teacher_blocks=[1, 2, 12]), "lacks one of the blocks"), (dict(lambda_r=0, lambda_a=0), "--tau 0"),
     (dict(learning_rate="fast"), "--learning-rate"), (dict(batch_size=0), "at least 1"),
     (dict(precision="int8"), "--precision"), (dict(ema_decay=1.5), "--ema-decay"),
-    (dict(no_such_flag=1), "--no-such-flag"), (dict(learning_rate="nan"), "--learning-rate"),
+    (dict(no_such_flag=1), "--no-such-flag"), (dict(guidance_low=0.7, guidance_high=0.3), "--guidance-low"),
+    (dict(learning_rate="nan"), "--learning-rate"),
 ])
 def test_a_mistake_in_the_flags(world, tmp_path, capsys, wrong, sentence):
     assert sentence in complaint(capsys, flags(world, tmp_path / "out", **wrong))
@@ -2017,6 +2018,9 @@ def test_mistakes_in_data_and_files(world, tmp_path, capsys, monkeypatch):
     assert not out.exists()
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert "pip install diffusers" in complaint(capsys, ["--prepare", world / "images", "--data-dir", out])
+    bench = ["--bench", "--model", "SiT-XS/4"]
+    assert "must be as many" in complaint(capsys, [*bench, "--teacher-blocks", 9, 10])
+    assert "unknown teacher 'typo.pt'" in complaint(capsys, [*bench, "--teacher", "typo.pt"])
     monkeypatch.setitem(sys.modules, "evaluate", None)
     assert "evaluate.py beside haste.py" in complaint(capsys, ["--demo"])
     (out / "checkpoints").mkdir(parents=True)
@@ -2570,12 +2574,25 @@ def test_what_makes_a_fid_incomparable_is_said(tiny, runs, tmp_path, capsys, mon
     score("--samples", tmp_path / "wide.npz", "--ref", runs / "ref.npz")
     out = capsys.readouterr().out
     assert "samples are 12 x 8, reference images 8 x 8" in out
-    assert "fewer than the 24 features" in out and "FID is biased upwards" in out
+    assert "no more than the 24 features" in out and "FID is biased upwards" in out
     monkeypatch.setattr(evaluate, "NEIGHBOURS", 20)
     assert "precision" not in score("--samples", tmp_path / "wide.npz", "--ref", runs / "ref.npz")
     assert "left out: they take more than 20 images on either side" in capsys.readouterr().out
-    few, enough = (list(evaluate.warnings(range(n), None)) for n in (5000, 50_000))
-    assert len(few) == 1 and "would have 9.75 with 5,000" in few[0] and "fewer" not in few[0] and not enough
+    few, enough = (list(evaluate.warnings(range(n), None, None)) for n in (5000, 50_000))
+    assert len(few) == 1 and "would have 9.75 with 5,000" in few[0] and "features" not in few[0]
+    assert not enough
+    assert not list(evaluate.warnings(range(5000), {"pool": "of a whole training set"}, None))
+
+
+def test_samples_that_are_sorted_or_compressed_are_told_so(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "SPLIT", 10)
+    (tmp_path / "flat").mkdir()
+    for i in range(12):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "flat" / f"{i}.jpg")
+    told = {name: " ".join(evaluate.warnings(evaluate.open_images(path), "own", None)) for name, path in (
+        ("classes", world / "images"), ("prepared", world / "data"), ("flat", tmp_path / "flat"))}
+    assert "folder by folder" in told["classes"] and "folder by folder" in told["prepared"]
+    assert "JPEG" in told["flat"] and "folder" not in told["flat"] and "JPEG" not in told["classes"]
 
 
 # Mistakes
