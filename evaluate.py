@@ -371,8 +371,8 @@ class Generated(Images):
         self.captions = self.open_captions() if isinstance(self.model, haste.MMDiT) else None
         if args.cfg_scale != 1:
             self.model.null_label       # raises BadInput for a model that has none
-        self.vae_name = haste.decoder_of(made.get("vae", haste.VAE_ENCODER), args.vae) or "none: pixels"
-        self.vae = haste.load_decoder(made.get("vae", haste.VAE_ENCODER), args, device)
+        self.vae_name = haste.decoder_of(made["vae"], args.vae) or "none: pixels"
+        self.vae = haste.load_decoder(made["vae"], args, device)
         self.model.to(device)
         if args.compile:
             self.model.compile(dynamic=False)
@@ -704,7 +704,6 @@ def evaluate(args):
     """Measures args.ckpt or args.samples against args.ref; prints protocol and metrics, and returns these."""
     rank, world, device = haste.setup(args)
     args.batch_size = args.batch_size or (64 if device.type == "cuda" else 32)
-    args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     # TF32, on by default for convolutions, moves FID in the third digit.
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

@@ -117,13 +117,16 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def heads(self, x):
-        B, N, D = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
-        return qkv.permute(2, 0, 3, 1, 4)       # q, k, v: (B, heads, N, head_dim) each
+        return split_heads(self.qkv(x), self.num_heads)
 
     def forward(self, x):
         q, k, v = self.heads(x)
         return self.proj(attend(q, k, v)), (q, k)       # views: handing them out costs nothing
+
+
+def split_heads(qkv, heads):
+    """What a Linear(D, 3 D) gives, (B, N, 3 D) -> q, k, v: (B, heads, N, head_dim) each."""
+    return qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 def attend(q, k, v):
@@ -369,13 +372,9 @@ class Teacher(nn.Module):
         N = self.grid ** 2      # patch tokens come last: before them stand class and register tokens
         features = self.vit.forward_features(x)
         features = features["x_norm_patchtokens"] if isinstance(features, dict) else features[:, -N:]
-        qk = []
-        for b in self.blocks:
-            qkv = self.kept[b][:, -N:]
-            qkv = qkv.reshape(len(x), N, 3, self.vit.blocks[b].attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-            qk.append((qkv[0], qkv[1]))
+        qkv = [split_heads(self.kept[b][:, -N:], self.vit.blocks[b].attn.num_heads) for b in self.blocks]
         self.kept.clear()
-        return features, qk
+        return features, [(q, k) for q, k, _ in qkv]
 
 
 def load_teacher(name, grid, blocks, repo=None):
@@ -388,10 +387,10 @@ def load_teacher(name, grid, blocks, repo=None):
             weights = f"{name.removesuffix('_reg')}/{name}{'4' * name.endswith('_reg')}_pretrain.pth"
             hint = (f"; without internet, pass --teacher-repo a clone of github.com/{DINOV2_REPO} and put "
                     f"https://dl.fbaipublicfiles.com/dinov2/{weights} into {torch.hub.get_dir()}/checkpoints")
-            source = (repo, "local") if repo else (f"{DINOV2_REPO}:{DINOV2_COMMIT}", "github")
+            where, source = (repo, "local") if repo else (f"{DINOV2_REPO}:{DINOV2_COMMIT}", "github")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")     # of the hub's code, which misses xFormers
-                vit = torch.hub.load(source[0], name, source=source[1], trust_repo=True, skip_validation=True)
+                vit = torch.hub.load(where, name, source=source, trust_repo=True, skip_validation=True)
         elif name.startswith("timm/"):
             vit = timm.create_model(name[5:], pretrained=True, num_classes=0)
             mean, std = vit.pretrained_cfg["mean"], vit.pretrained_cfg["std"]
@@ -528,7 +527,7 @@ def gradient_cosine(model, t, batches, lambda_r, lambda_a):
             total += torch.cat([x.flatten() for x in g])
     if dist.is_initialized():
         dist.all_reduce(grads)
-    return F.cosine_similarity(grads[0], grads[1], dim=0).item()
+    return F.cosine_similarity(*grads, dim=0).item()
 
 
 # ---- 5. The samplers ---------------------------------------------------------------------------------------
@@ -574,7 +573,7 @@ def sample(model, noise, labels, steps=250, cfg_scale=1.0, guidance=(0.0, 1.0), 
     else:
         times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
     x = noise.to(wide)
-    for t, t_next in tqdm(list(zip(times[:-1], times[1:])), desc="sampling", disable=not progress):
+    for t, t_next in tqdm(list(itertools.pairwise(times)), desc="sampling", disable=not progress):
         guided = guides(t)
         dt, v = t_next - t, velocity(x, t, guided)
         if mode == "sde":
@@ -596,17 +595,15 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 TODO, SKIPPED = -2, -1      # in labels.npy: an image still to be prepared, and one that cannot be read
 
 
-def load_array(path, kind, *shape):
+def load_array(path, kind, *shape, hint="delete its folder, and --prepare it again"):
     """A memory map of the .npy file, of this kind of dtype and this shape, None for any size, or BadInput."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
-        raise BadInput(f"{path} is missing or cut short ({brief(e)}): delete its folder, and --prepare it "
-                       f"again") from e
+        raise BadInput(f"{path} is missing or cut short ({brief(e)}): {hint}") from e
     if array.dtype.kind != kind or len(array.shape) != len(shape) or any(
             want not in (None, size) for want, size in zip(shape, array.shape)):
-        raise BadInput(f"{path} is {array.dtype} {array.shape}, where {shape} belongs: delete its folder, "
-                       f"and --prepare it again")
+        raise BadInput(f"{path} is {array.dtype} {array.shape}, where {shape} belongs: {hint}")
     return array
 
 
@@ -645,16 +642,16 @@ def files_in(folder, endings):
 
 
 class Data(Dataset):
-    """The dataset in a folder, as --prepare or as REPA's preprocessing wrote it.
+    """The dataset in a folder, as --prepare, or REPA's or U-ViT's preprocessing, wrote it.
 
     data[indices, want_images] is {"labels" (B,), "moments" (B, 2C, S, S): the VAE's mean and std, "images"
     (B, 3, R, R) uint8}; images only where wanted, or where they are what is learned (vae is None).
-    With captions (section 10), "labels" are their encodings. Raises BadInput for a folder that holds no
-    dataset, or half of one."""
+    With captions (section 10), "labels" are the encodings of those that data[indices, want_images, picks]
+    picks. Raises BadInput for a folder that holds no dataset, or half of one."""
 
     def __init__(self, folder):
-        self.folder, self.captions = Path(folder), None
-        folder = self.folder
+        self.folder = folder = Path(folder)
+        self.captions = None
         if (folder / "dataset.json").is_file() and (folder / "labels.npy").is_file():
             facts = read_json(folder / "dataset.json", "resolution", "classes", "vae", "scale")
             labels = load_array(folder / "labels.npy", "i", None)
@@ -714,7 +711,10 @@ class Data(Dataset):
         if self.vae:
             batch["moments"] = torch.from_numpy(np.stack([self.moments[i] for i in slots]))
         if want_images or not self.vae:
-            batch["images"] = torch.from_numpy(np.stack([self.images[i] for i in slots]))
+            side, images = self.resolution, [self.images[i] for i in slots]
+            if odd := [i for i, x in zip(slots, images) if x.shape[1:] != (side, side)]:
+                raise BadInput(f"{self.images.paths[odd[0]]} is not {side} x {side}: crop all to one size")
+            batch["images"] = torch.from_numpy(np.stack(images))
         return batch
 
     def x0(self, batch, xi):
@@ -850,7 +850,8 @@ def prepare(args):
         facts |= {"text_encoder": args.text_encoder or CLIP, "captions": list(texts.values())}
     if rank == 0 and not (out / "dataset.json").is_file():
         out.mkdir(parents=True, exist_ok=True)
-        if other := {f.name for f in out.iterdir()} - {"files.json", *(f"{name}.npy" for name in shapes)}:
+        there = {f.name.removesuffix(".part") for f in out.iterdir()}       # .part: where one was killed
+        if other := there - {"files.json", "dataset.json", *(f"{name}.npy" for name in shapes)}:
             raise BadInput(f"--data-dir {out} holds other things ({min(other)}): name a new folder")
         for name, (dtype, *shape) in shapes.items():
             array = new_array(out / f"{name}.npy", dtype, shape)
@@ -904,7 +905,8 @@ def brief(error):
 
 
 def setup(args):
-    """(rank, number of processes, device), in torchrun's process group if there is one. Raises BadInput."""
+    """(rank, number of processes, device), in torchrun's process group if there is one; fills in
+    args.precision. Raises BadInput."""
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = args.device or next(d for d in usable if usable[d])
     if not usable[name]:
@@ -918,6 +920,7 @@ def setup(args):
     if "RANK" in os.environ and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=args.timeout))
+    args.precision = args.precision or ("bf16" if name == "cuda" else "fp32")
     torch.set_float32_matmul_precision("high")      # TF32, where fp32 would be multiplied
     return rank, int(os.environ.get("WORLD_SIZE", 1)), device
 
@@ -973,6 +976,9 @@ def exclusive(folder):
                         p.rmdir()
 
 
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)]
+
+
 @contextlib.contextmanager
 def stop_signals():
     """Collects SIGTERM, SIGUSR1 (what schedulers send) and a first Ctrl-C; a second Ctrl-C acts at once."""
@@ -983,23 +989,18 @@ def stop_signals():
             raise KeyboardInterrupt
         caught.append(number)
 
-    numbers = [getattr(signal, name) for name in STOP_SIGNALS if hasattr(signal, name)]
-    before = [signal.signal(n, note) for n in numbers]
+    before = {n: signal.signal(n, note) for n in STOP_SIGNALS}
     try:
         yield caught
     finally:
-        for n, handler in zip(numbers, before):
+        for n, handler in before.items():
             signal.signal(n, handler)
-
-
-STOP_SIGNALS = "SIGTERM", "SIGUSR1", "SIGINT"
 
 
 def ignore_stop_signals(worker):
     """Loader processes live on, for the steps until their own process stops."""
-    for name in STOP_SIGNALS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for n in STOP_SIGNALS:
+        signal.signal(n, signal.SIG_IGN)
 
 
 def write_file(path, write):
@@ -1057,14 +1058,14 @@ def newest_checkpoint(folder, rank):
     paths, found = sorted(folder.glob("[0-9]*.pt"), reverse=True), [None]
     for path in paths if rank == 0 else ():
         if is_whole(path):
-            found = [str(path)]
+            found = [path]
             break
         print(f"warning: {path} is torn or damaged: passing over it")
     if dist.is_initialized():
         dist.broadcast_object_list(found, device=torch.device("cpu"))
     if paths and not found[0]:
         raise BadInput(f"{folder} holds no whole checkpoint: to start anew, move it away")
-    return found[0] and Path(found[0])
+    return found[0]
 
 
 def write_json(path, value):
@@ -1115,8 +1116,8 @@ def build_model(name, kind=None, **sizes):
 
 def load_model(path, name):
     """(EMA model in eval mode, the run's args) of a checkpoint: ours, HASTE's, REPA's, DiT's, or a bare state
-    dict. Sizes are read off the weights, but for the number of heads: the run's model, or `name`, gives it.
-    Raises BadInput."""
+    dict. Width, depth and heads are those of the run's model, or of `name`; the input's size and channels,
+    classes, projector and text width are read off the weights. Raises BadInput."""
     saved = load_file(path)
     args = saved["args"]
     name = args.get("model", name)
@@ -1128,6 +1129,7 @@ def load_model(path, name):
         kind, _, _ = look_up(name)
         if len(state["final_layer.linear.bias"]) == 2 * channels * patch ** 2 and kind is not DiT:
             raise ValueError(f"its output has 2 x {channels} channels, as a DiT's: --model DiT-XL/2?")
+        args.setdefault("vae", None if channels == 3 else VAE_ENCODER)
         sizes = kind.sizes_in(state, args)
         if kind is not DiT or "projectors.0.0.bias" in state:
             sizes |= {"projector_dim": len(state["projectors.0.0.bias"]),
@@ -1170,8 +1172,10 @@ def load_vae(name, device):
 
 def decoder_of(encoder, given=None):
     """The name of the VAE for what `encoder` encoded, None for pixels. The paper's two are not the same."""
-    if given and not encoder:
+    if given not in (None, "none") and not encoder:
         raise BadInput(f"--vae {given}: the model learned pixels, which need none; leave the flag out")
+    if not encoder:
+        return None
     return given or (VAE_DECODER if encoder == VAE_ENCODER else encoder)
 
 
@@ -1234,7 +1238,6 @@ class Learner:
     """The student in training, with its EMA, its optimizer and its loss scaler."""
 
     def __init__(self, model, args, device):
-        args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
         self.model, self.net, self.args = model, model, args
         self.ema, self.update_ema = copy.deepcopy(model).eval(), get_ema_multi_avg_fn(args.ema_decay)
         self.ema.requires_grad_(False)
@@ -1242,9 +1245,8 @@ class Learner:
                                            weight_decay=0.0, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
         self.autocast = autocast(args.precision, device)
-        self.teacher_autocast = self.autocast
-        if args.precision == "fp32" and multiplies_bf16(device):        # enough for the frozen teacher
-            self.teacher_autocast = autocast("bf16", device)
+        half = args.precision == "fp32" and multiplies_bf16(device)     # enough for the frozen teacher
+        self.teacher_autocast = autocast("bf16", device) if half else self.autocast
         model.grad_checkpoint = args.grad_checkpoint
         if args.compile:
             model.compile(dynamic=False)
@@ -1258,7 +1260,8 @@ class Learner:
         try:
             self.model.load_state_dict(saved["model"])
             self.ema.load_state_dict(saved["ema"])
-            self.optimizer.load_state_dict(saved["opt"])
+            groups = self.optimizer.state_dict()["param_groups"]    # this run's rate; REPA's are not fused
+            self.optimizer.load_state_dict(saved["opt"] | {"param_groups": groups})
             if saved.get("scaler"):
                 self.scaler.load_state_dict(saved["scaler"])
         except (KeyError, RuntimeError, ValueError) as e:
@@ -1278,10 +1281,9 @@ class Learner:
         self.model.projectors.requires_grad_(projector)
         pairs = [p for p in zip(self.ema.parameters(), self.model.parameters()) if p[1].requires_grad]
         self.followed = [list(x) for x in zip(*pairs)]      # by the EMA
-        constants = [name for name, _ in self.model.named_buffers()]
-        DDP._set_params_and_buffers_to_ignore_for_model(self.model, constants)
         self.net = self.model if not dist.is_initialized() else DDP(
-            self.model, gradient_as_bucket_view=True, static_graph=self.args.gradient_accumulation_steps == 1)
+            self.model, broadcast_buffers=False, gradient_as_bucket_view=True,
+            static_graph=self.args.gradient_accumulation_steps == 1)
 
     def step(self, x0, eps, t, labels, images=None, teacher=None):
         """One step on this process's images. Returns, on the device, (6,): L, L_diff, L_REPA, L_ATTA, the
@@ -1289,15 +1291,15 @@ class Learner:
         args, parts, total = self.args, self.args.gradient_accumulation_steps, 0
         shown = images.chunk(parts) if teacher else [None] * parts
         for i, (*part, seen) in enumerate(zip(*(x.chunk(parts) for x in (x0, eps, t, labels)), shown)):
-            with contextlib.nullcontext() if i + 1 == parts or self.net is self.model else self.net.no_sync():
-                with self.teacher_autocast():
-                    target = teacher(seen) if teacher else None
-                with self.autocast():
-                    terms = losses(self.net, *part, target, args.lambda_r, args.lambda_a)
-                loss = terms[0] + args.lambda_r * terms[1] + args.lambda_a * terms[2]
-                trust = torch.where(loss.detach().isfinite(), 1.0, math.nan)    # told to all by the gradient
-                self.scaler.scale(loss * trust / parts).backward()
-            total = total + torch.stack([loss, *terms]).detach() / parts
+            self.net.require_backward_grad_sync = i + 1 == parts        # DDP's; its no_sync() sets the same
+            with self.teacher_autocast():
+                target = teacher(seen) if teacher else None
+            with self.autocast():
+                diff, repa, atta = losses(self.net, *part, target, args.lambda_r, args.lambda_a)
+            loss = diff + args.lambda_r * repa + args.lambda_a * atta
+            trust = torch.where(loss.detach().isfinite(), 1.0, math.nan)    # told to all by the gradient
+            self.scaler.scale(loss * trust / parts).backward()
+            total = total + torch.stack([loss, diff, repa, atta]).detach() / parts
 
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm or math.inf)
@@ -1325,7 +1327,7 @@ class Log:
         try:
             if args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
-                board = SummaryWriter(run / "tensorboard", purge_step=step)
+                board = SummaryWriter(run / "tensorboard", purge_step=step + 1)
                 self.others.append(lambda line: [board.add_scalar(k, x, line["step"]) for k, x in line.items()
                                                  if isinstance(x, (int, float))])
             if args.wandb:
@@ -1363,15 +1365,14 @@ MILESTONES = {1000 * k for k in (100, 200, 250, 300, 400, 500, 2000, 2500, 3000)
 
 def ahead(loader, device):
     """Batches on the device: on CUDA each is copied, from pinned memory, while another is in use."""
-    stream = torch.cuda.Stream() if device.type == "cuda" else None
     batches, waiting = iter(loader), None
     try:
-        for batch in batches:
-            if stream is None:
-                yield {name: x.to(device) for name, x in batch.items()}
-                continue
-            if waiting:
-                torch.cuda.current_stream().wait_stream(stream)
+        if device.type != "cuda":
+            yield from ({name: x.to(device) for name, x in batch.items()} for batch in batches)
+            return
+        stream = torch.cuda.Stream()
+        for batch in itertools.chain(batches, [{}]):        # behind the last comes nothing
+            torch.cuda.current_stream().wait_stream(stream)     # until what is waiting is there
             with torch.cuda.stream(stream):
                 coming = {name: x.to(device, non_blocking=True) for name, x in batch.items()}
             if waiting:
@@ -1379,9 +1380,6 @@ def ahead(loader, device):
             waiting = coming
             for x in waiting.values():
                 x.record_stream(torch.cuda.current_stream())
-        if waiting:
-            torch.cuda.current_stream().wait_stream(stream)
-            yield waiting
     finally:        # at exit, Python would wait for processes that ignore SIGTERM
         getattr(batches, "_shutdown_workers", lambda: None)()
 
@@ -1438,8 +1436,8 @@ def train_in(run, args, caught, stack):
     if data.captions:
         model.null_context = data.captions.empty.to(device)
     learner = Learner(model, args, device)
-    config = vars(args) | {"vae": data.vae, "scale": data.scale}
-    config |= {"text_encoder": data.captions.encoder} if data.captions else {}
+    encoder = data.captions.encoder if data.captions else None
+    config = vars(args) | {"vae": data.vae, "scale": data.scale, "text_encoder": encoder}
     if saved:
         learner.resume(saved, newest, config)
 
@@ -1457,16 +1455,22 @@ def train_in(run, args, caught, stack):
         try:
             vae = load_decoder(data.vae, args, device)
         except BadInput as e:
-            pictures = print(f"no grids of samples will be drawn: {e}")
+            pictures = False
+            print(f"no grids of samples will be drawn: {e}")
     del saved
 
     def save():
         state = {"args": config, "steps": step, "tau": None if tau == math.inf else tau}
         state |= {"null_context": model.null_context} if data.captions else {}
         write_checkpoint(run / "checkpoints" / f"{step:07d}.pt", learner.state_dict() | state)
-        for path in sorted((run / "checkpoints").glob("[0-9]*.pt"))[:-args.keep] if args.keep else ():
+        whole = sorted(p for p in (run / "checkpoints").glob("[0-9]*.pt")
+                       if p.stem.isdecimal() and int(p.stem) <= step)       # what lies ahead is damaged
+        for path in whole[:-args.keep] if args.keep else ():
             if int(path.stem) not in MILESTONES | {tau}:
                 path.unlink()
+
+    def asks(step):
+        return args.tau == "auto" and step >= args.tau_from and (step - args.tau_from) % args.tau_every == 0
 
     window, in_a_row, began = [], 0, time.perf_counter()
     bar = stack.enter_context(tqdm(total=last, initial=step, disable=rank > 0, dynamic_ncols=True))
@@ -1485,8 +1489,7 @@ def train_in(run, args, caught, stack):
                             pin_memory=device.type == "cuda", worker_init_fn=ignore_stop_signals)
         for batch in ahead(loader, device):
             # --- the gradient-angle trigger
-            due = step >= args.tau_from and (step - args.tau_from) % args.tau_every == 0
-            if phase_one and args.tau == "auto" and due:
+            if phase_one and asks(step):
                 cosines = measure_angles(model, teacher, data, args, step, rank, world, device)
                 mean = sum(cosines) / len(cosines)
                 log(step=step, cosine=mean, **{f"cosine_t{t}": x for t, x in zip(TRIGGER_TIMES, cosines)})
@@ -1495,6 +1498,7 @@ def train_in(run, args, caught, stack):
                 if mean < args.tau_cosine:
                     tau = step
                     break
+                began = time.perf_counter()
 
             # --- the batch; teacher, while step < tau; forward; backward; step; EMA
             t, u, eps, xi = (x[rows] for x in draw(args.batch_size, data.shape, device, args.seed, step))
@@ -1505,11 +1509,11 @@ def train_in(run, args, caught, stack):
 
             # --- everything below is diagnostics
             asked = agreed(bool(caught))
-            if step % args.log_every == 0 or step in (tau, last) or asked:
+            if step % args.log_every == 0 or step in (tau, last) or asked or phase_one and asks(step):
                 means, skips = summarise(window, world)
                 rate = args.batch_size * len(window) / (time.perf_counter() - began)
-                for s in (step - len(window) + i for i, skip in enumerate(skips) if skip):
-                    (indices, _), = requests(len(data), args, slice(0, args.batch_size), [s], False)
+                for s in itertools.compress(range(step - len(window), step), skips):
+                    indices, _ = next(requests(len(data), args, slice(0, args.batch_size), [s], False))
                     log(step=s + 1, skipped=True, indices=indices.tolist())
                 log(step=step, phase=1 if phase_one else 2, **means, skipped_steps=sum(skips),
                     images_per_sec=rate, memory_gib=memory_gib(device))
@@ -1590,17 +1594,17 @@ def sample_from(args):
         raise BadInput(f"{args.sample} draws labels, not captions: say --labels 207 360, and no more")
     else:
         classes = model.y_embedder.num_classes
-        some = LABELS if classes == 1000 else range(min(classes, 8))
-        labels = torch.tensor(args.labels or some, device=device)
-        if bad := [y for y in labels.tolist() if not 0 <= y < classes]:
+        chosen = args.labels or (LABELS if classes == 1000 else range(min(classes, 8)))
+        if bad := [y for y in chosen if not 0 <= y < classes]:
             raise BadInput(f"--labels {bad[0]}: its classes are 0 to {classes - 1}")
-    vae = load_decoder(made.get("vae", VAE_ENCODER), args, device)
+        labels = torch.tensor(chosen, device=device)
+    vae = load_decoder(made["vae"], args, device)
     if args.compile:
         model.compile(dynamic=False)
     noise = seeded_noise(model.to(device), len(labels), args.seed, device)
     guidance = args.guidance_low, args.guidance_high
     torch.manual_seed(args.seed + 1)    # the SDE draws from torch's own stream, and not that noise again
-    with autocast(args.precision or ("bf16" if device.type == "cuda" else "fp32"), device)():
+    with autocast(args.precision, device)():
         x = sample(model, noise, labels, args.num_steps, args.cfg_scale, guidance, args.mode, progress=True)
     write_grid(Path(args.out), to_images(x, vae, made.get("scale", VAE_SCALE)), columns=min(8, len(labels)))
     print(f"{args.out}: {len(labels)} samples of {args.sample}, {args.mode} {args.num_steps}, "
@@ -1635,10 +1639,10 @@ def ddpm_at(i, x, steps=1000):
 
 
 # mean = E q(x_s | x_t, (x_t - sqrt(1 - abar) eps) / sqrt(abar)),  log var = f log beta + (1 - f) log beta~
-def ddpm_reverse(out, x_t, i, steps=1000):
-    """Mean and log variance of p(x_s | x_t) by the network's output (B, 2C, S, S): eps, and 2 f - 1."""
+def ddpm_reverse(eps, variance, x_t, i, steps=1000):
+    """Mean and log variance of p(x_s | x_t) by the halves of the network's output: eps, and 2 f - 1."""
     signal, noise, of_x0, of_x_t, log_beta, log_beta_tilde = ddpm_at(i, x_t, steps)
-    eps, f = out[:, :x_t.shape[1]], (out[:, x_t.shape[1]:] + 1) / 2
+    f = (variance + 1) / 2
     return of_x0 * (x_t - noise * eps) / signal + of_x_t * x_t, f * log_beta + (1 - f) * log_beta_tilde
 
 
@@ -1669,8 +1673,8 @@ class DDPM:
     def loss(out, x0, eps, x_t, t):
         """L_vb, in bits a dimension, trains the variance alone: eps_hat is detached in it. At t = 0 it is
         -log p(x0 | x_t), as if x0 were pixels."""
-        i, eps_hat = t.long(), out[:, :x0.shape[1]]
-        mean, log_var = ddpm_reverse(torch.cat([eps_hat.detach(), out[:, x0.shape[1]:]], dim=1), x_t, i)
+        i, (eps_hat, variance) = t.long(), out.chunk(2, dim=1)
+        mean, log_var = ddpm_reverse(eps_hat.detach(), variance, x_t, i)
         _, _, of_x0, of_x_t, _, log_beta_tilde = ddpm_at(i, x0)
         apart = of_x0 * x0 + of_x_t * x_t - mean
         # KL(N(m, v) || N(m', v')) = (v / v' - log(v / v') - 1 + (m - m')^2 / v') / 2
@@ -1689,11 +1693,11 @@ def ddpm_sample(network, x, steps, guides, mode, progress=False):
     covers the exact share of the discrete schedule. "ode": the probability flow in its exact DDIM form."""
     timesteps, _ = ddpm_schedule(steps, x.device, x.dtype)
     for i in tqdm(range(steps - 1, -1, -1), desc="sampling", disable=not progress):
-        out = network(x, timesteps[i], guides(timesteps[i] / 1000))
-        (signal, noise, *_), eps = ddpm_at(i, x, steps), out[:, :x.shape[1]]
+        eps, variance = network(x, timesteps[i], guides(timesteps[i] / 1000)).chunk(2, dim=1)
+        signal, noise, *_ = ddpm_at(i, x, steps)
         signal_s, noise_s = ddpm_at(i - 1, x, steps)[:2] if i else (1.0, 0.0)
         if mode == "ddpm":
-            mean, log_var = ddpm_reverse(out, x, i, steps)
+            mean, log_var = ddpm_reverse(eps, variance, x, i, steps)
             std = torch.exp(log_var / 2)
         elif mode == "sde":         # dx = -(x / 2 + score) dtau + dw,  score = -eps / sqrt(1 - abar)
             dtau = 2 * torch.log(signal_s / signal)
@@ -1824,8 +1828,7 @@ class CLIPText:
         return self.model(ids.to(self.model.device)).last_hidden_state
 
     def tell_truncated(self, texts):
-        count = sum(len(ids) > self.length for ids in self.tokenizer(texts, verbose=False).input_ids)
-        if count:
+        if count := sum(len(ids) > self.length for ids in self.tokenizer(texts, verbose=False).input_ids):
             print(f"{count:,} of {len(texts):,} captions are longer than {self.length} tokens: truncated")
 
 
@@ -1920,9 +1923,8 @@ def open_uvit(folder):
     empty_context.npy, there or above -> images, from there or from images/, or None; moments; Captions.
     Raises BadInput."""
     def numbered(pattern, *folders):
-        found = (re.fullmatch(pattern, entry.name) and (int(entry.name.split(".")[0]), entry.path)
-                 for f in folders if f.is_dir() for entry in os.scandir(f))
-        return dict(filter(None, found))
+        return {int(entry.name.split(".")[0]): entry.path for f in folders if f.is_dir()
+                for entry in os.scandir(f) if re.fullmatch(pattern, entry.name)}
 
     def moments(path):
         mean, log_variance = np.split(np.load(path), 2)
@@ -1937,10 +1939,11 @@ def open_uvit(folder):
                        f"and so on; look at number {int(np.argmin(counts[:n]))}")
     if pictures and sorted(pictures) != list(range(n)):
         raise BadInput(f"{folder} has {n} latents and {len(pictures)} images: they must be as many, or none")
-    above = [f / "empty_context.npy" for f in (folder, folder.parent)]
-    empty = load_array(above[not above[0].is_file()], "f", None, TEXT_WIDTH)
-    load_array(folder / "0_0.npy", "f", len(empty), TEXT_WIDTH)
-    captions = Captions(counts, lambda i, k: np.load(folder / f"{i}_{k}.npy"), empty, CLIP)
+    home = folder if (folder / "empty_context.npy").is_file() else folder.parent
+    hint = "it comes with U-ViT's features"
+    empty = load_array(home / "empty_context.npy", "f", None, TEXT_WIDTH, hint=hint)
+    load_array(folder / "0_0.npy", "f", len(empty), TEXT_WIDTH, hint=hint)
+    captions = Captions(counts, lambda i, k: Files([folder / f"{i}_{k}.npy"], np.load)[0], empty, CLIP)
     images = Files([pictures[i] for i in range(n)], read_image) if pictures else None
     return images, Files([latents[i] for i in range(n)], moments, alike=True), captions
 
@@ -1956,9 +1959,9 @@ def encode_captions(model, made, args, device):
     if args.labels or not args.captions:
         raise BadInput(f'{args.sample} draws captions, not labels: say --captions "a red bus" "a blue K"')
     encoder = load_text_encoder(args.text_encoder or made.get("text_encoder", CLIP), device)
-    contexts = encoder(args.captions)
+    contexts = encoder(args.captions).to(device)        # those of Words are on the CPU
     if model.null_context is None:      # of a checkpoint that is not ours
-        model.null_context = encoder([""])[0]
+        model.null_context = encoder([""])[0].to(device)
     if model.null_context.shape != contexts.shape[1:]:
         raise BadInput(f"the text encoder gives {tuple(contexts.shape[1:])} for a text, where {args.sample} "
                        f"learned from {tuple(model.null_context.shape)}: leave --text-encoder out")
@@ -2015,7 +2018,7 @@ def parse(argv):
     flag("--seeds", type=count, metavar="K", help="--compare: as many runs of each, from --seed on [1]")
 
     flag = parser.add_argument_group("data").add_argument
-    flag("--data-dir", help="what --prepare, or REPA, wrote [data/imagenet256]")
+    flag("--data-dir", help="what --prepare, REPA or U-ViT wrote [data/imagenet256]")
     flag("--resolution", type=count, help="of the images [--prepare: 256; training: the dataset's own]")
     flag("--vae", metavar="NAME_OR_PATH",
          help=f"AutoencoderKL of diffusers, or `none` for pixels [{VAE_ENCODER}; to draw, {VAE_DECODER}]")
@@ -2061,7 +2064,7 @@ def parse(argv):
     flag("--seed", type=number(int, 0, 2 ** 62), default=0, help="[%(default)s]")
     flag("--log-every", type=count, default=100, help="steps between lines of metrics.jsonl [%(default)s]")
     flag("--checkpointing-steps", type=count, default=50_000, help="steps between checkpoints [%(default)s]")
-    flag("--keep", type=count, metavar="N", help="the newest, and the paper's milestones [all]")
+    flag("--keep", type=count, metavar="N", help="the newest, tau's, and the paper's milestones [all]")
     flag("--timeout", type=count, default=1800, help="seconds to wait for a lost process [%(default)s]")
     flag("--sampling-steps", type=number(int, 0), default=10_000, help="between grids; 0: none [%(default)s]")
     flag("--tensorboard", action="store_true", help="log there, too")
