@@ -2110,8 +2110,8 @@ def mistakes_told(program):
     except (BadInput, Failure, OSError) as e:
         # Mistakes in the flags are the same in every process; one that shows later may be one process's own.
         if os.environ.get("RANK", "0") == "0" or dist.is_initialized():
-            told = f"{e}; what was saved before is whole" if isinstance(e, OSError) else e
-            print(f"{program}: {told}", file=sys.stderr, flush=True)
+            told = f"{e}; what was saved before is whole" if isinstance(e, OSError) else str(e)
+            print(f"{program}: {told}".replace("\n", " "), file=sys.stderr, flush=True)
         sys.exit(getattr(e, "code", 1))
     except RuntimeError as e:
         if not dist.is_initialized() or not any(x in str(e).lower() for x in ("gloo", "nccl", "connection")):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What haste.py promises, in the order of the file. Run: python -m pytest -q"""
+"""What haste.py and evaluate.py promise, in the order of the files. Run: python -m pytest -q"""
 import argparse
 import json
 import math
@@ -24,6 +24,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import evaluate
 import haste
 
 HASTE = str(Path(haste.__file__).resolve())
@@ -55,6 +56,33 @@ def tiny_vit(**config):
                                 "num_classes": 0} | config)
 
 
+def words(**given):
+    """Flags in words of the command line; True is a flag without a value."""
+    values = {k: [] if v is True else v if isinstance(v, list) else [v] for k, v in given.items()}
+    return [word for k, each in values.items() for word in (f"--{k.replace('_', '-')}", *map(str, each))]
+
+
+def preparing(source, out, *more):
+    """--prepare, to pixels of 8 x 8, in words of the command line; what comes later counts."""
+    return ["--prepare", f"{source}", "--data-dir", f"{out}", "--resolution", "8", "--vae", "none",
+            "--num-workers", "0", *map(str, more)]
+
+
+def frozen(seed, *shape):
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+def with_frozen_weights(model, no="nothing"):
+    """The model with weights of numpy's streams, none for names that begin with `no`."""
+    state = model.state_dict()
+    for i, name in enumerate(sorted(n for n in state if not n.startswith(no))):
+        if name != "pos_embed":
+            state[name] = frozen(1000 + i, *state[name].shape) * (
+                state[name][0].numel() ** -0.5 if state[name].ndim > 1 else 0.02)
+    model.load_state_dict(state)
+    return model
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """40 coloured squares in 4 classes, 8 x 8, prepared as pixels, and a teacher of 12 blocks."""
@@ -63,8 +91,7 @@ def world(tmp_path_factory):
         folder = home / "images" / f"class{i % 4}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8)).save(folder / f"{i:02d}.png")
-    haste.main(["--prepare", f"{home}/images", "--data-dir", f"{home}/data", "--resolution", "8", "--vae",
-                "none", "--num-workers", "0"])
+    haste.main(preparing(home / "images", home / "data"))
     config = dict(img_size=8, patch_size=2, embed_dim=24, depth=12, num_heads=2, num_classes=0)
     torch.save({"config": config, "model": tiny_vit().state_dict()}, home / "teacher.pt")
     return home
@@ -72,13 +99,10 @@ def world(tmp_path_factory):
 
 def flags(world, out, **more):
     """A run of 6 steps, 3 in each phase, in words of the command line."""
-    given = {"model": "SiT-XS/2", "data-dir": world / "data", "teacher": world / "teacher.pt",
-             "output-dir": out, "exp-name": "run", "batch-size": 8, "max-train-steps": 6, "tau": 3,
-             "checkpointing-steps": 2, "log-every": 1, "sampling-steps": 0, "num-workers": 0,
-             "learning-rate": 1e-3} | {k.replace("_", "-"): v for k, v in more.items()}
-    return [word for k, v in given.items()
-            for word in ([f"--{k}"] if v is True
-                         else [f"--{k}", *map(str, v if isinstance(v, list) else [v])])]
+    given = dict(model="SiT-XS/2", data_dir=world / "data", teacher=world / "teacher.pt", output_dir=out,
+                 exp_name="run", batch_size=8, max_train_steps=6, tau=3, checkpointing_steps=2, log_every=1,
+                 sampling_steps=0, num_workers=0, learning_rate=1e-3)
+    return words(**given | more)
 
 
 def metrics(out, run="run"):
@@ -117,22 +141,14 @@ def complaint(capsys, argv, code=2):
 def test_the_released_codes_figures_for_the_same_weights():
     """Forward, losses, gradients and samplers give what the authors' code gives,
     executed on numpy's frozen streams."""
-    def normal(seed, *shape):
-        return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
-
     model = haste.SiT(input_size=32, patch_size=2, in_channels=4, hidden_size=192, depth=10, num_heads=16,
                       num_classes=10, attention_blocks=(4, 5, 6, 7), feature_block=8, teacher_dim=48,
                       projector_dim=96)
-    state = model.state_dict()
-    for i, (name, value) in enumerate(sorted(state.items())):
-        if name != "pos_embed":
-            state[name] = normal(1000 + i, *value.shape) * (
-                value[0].numel() ** -0.5 if value.ndim > 1 else 0.02)
-    model.load_state_dict(state)
+    with_frozen_weights(model)
 
-    x, eps, t = normal(1, 2, 4, 32, 32), normal(2, 2, 4, 32, 32), torch.tensor([0.3, 0.8])
+    x, eps, t = frozen(1, 2, 4, 32, 32), frozen(2, 2, 4, 32, 32), torch.tensor([0.3, 0.8])
     y = torch.tensor([3, 7])
-    target = normal(3, 2, 256, 48), [(normal(40 + i, 2, 12, 256, 64), normal(60 + i, 2, 12, 256, 64))
+    target = frozen(3, 2, 256, 48), [(frozen(40 + i, 2, 12, 256, 64), frozen(60 + i, 2, 12, 256, 64))
                                      for i in range(4)]
     diff, repa, atta = haste.losses(model, x, eps, t, y, target)
     (diff + 0.5 * repa + 0.5 * atta).backward()
@@ -149,8 +165,8 @@ def test_the_released_codes_figures_for_the_same_weights():
                                ("sde", [0.613797, 1.507382, 0.466727, 0.038904], 0.921484)):
         drawn = iter(range(501, 600))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "randn_like", lambda a: normal(next(drawn), *a.shape).to(a.dtype))
-            out = haste.sample(model, normal(9, 2, 4, 32, 32), y, steps=6, cfg_scale=1.8, guidance=(0.0, 0.7),
+            patch.setattr(torch, "randn_like", lambda a: frozen(next(drawn), *a.shape).to(a.dtype))
+            out = haste.sample(model, frozen(9, 2, 4, 32, 32), y, steps=6, cfg_scale=1.8, guidance=(0.0, 0.7),
                                mode=mode)
         assert out[1, :, 20, 3].tolist() == pytest.approx(values, rel=2e-4, abs=2e-5), mode
         assert out.abs().mean().item() == pytest.approx(mean, rel=2e-4)
@@ -178,9 +194,8 @@ def test_a_new_model_says_zero_and_each_block_is_the_identity():
 def test_patches_go_back_where_they_came_from():
     model = tiny_sit(in_channels=2)
     x = torch.arange(2 * 2 * 64.).reshape(2, 2, 8, 8)
-    # (B, N, p p C)
-    patches = F.unfold(x, 2, stride=2).reshape(2, 2, 4, 16).permute(0, 3, 2, 1).reshape(2, 16, 8)
-    assert torch.equal(model.unpatchify(patches), x)
+    patches = F.unfold(x, 2, stride=2).reshape(2, 2, 4, 16).permute(0, 3, 2, 1)     # (B, N, p p, C)
+    assert torch.equal(model.unpatchify(patches.reshape(2, 16, 8)), x)
 
 
 @pytest.mark.parametrize("sizes", [dict(input_size=12, patch_size=4, in_channels=1, num_classes=2),
@@ -214,14 +229,6 @@ def test_labels_are_dropped_at_the_rate_asked_for_to_the_models_own_null_label()
     assert set(dropped[dropped != labels].tolist()) == {7}
     assert (dropped == 7).float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert len(embedder.embedding_table.weight) == 8 and tiny_sit(num_classes=7).null_label == 7
-
-
-def test_the_model_compiles_without_a_graph_break_in_both_phases():
-    model = awake(tiny_sit())
-    x, t, y = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 4])
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert torch.allclose(compiled(x, t, y), model(x, t, y))
-    assert torch.allclose(compiled(x, t, y, align=True)[1], model(x, t, y, align=True)[1])
 
 
 # ---- 2. The teacher ----------------------------------------------------------------------------------------
@@ -266,11 +273,11 @@ def test_the_hooks_show_the_maps_and_features_of_the_patches(kind, tmp_path):
         extra = extra if "without" in kind else dict(reg_tokens=3)
         teacher = haste.Teacher(tiny_vit(img_size=14, **extra), blocks, grid)
     images = torch.randint(0, 256, (2, 3, 20, 20), dtype=torch.uint8)
-    inputs, before = [], torch.is_grad_enabled()
+    inputs = []
     for b in blocks:
         teacher.vit.blocks[b].attn.register_forward_hook(lambda m, args, out: inputs.append(args[0]))
     features, qk = teacher(images)
-    assert features.shape == (2, 16, 24) == (2, grid ** 2, teacher.dim) and len(qk) == 3 and before
+    assert features.shape == (2, 16, 24) == (2, grid ** 2, teacher.dim) and len(qk) == 3
     for b, x, (q, k) in zip(blocks, inputs, qk):
         attention, prefix = teacher.vit.blocks[b].attn, x.shape[1] - 16
         q_all, k_all, _ = attention.qkv(x).reshape(2, -1, 3, 2, 12).permute(2, 0, 3, 1, 4)
@@ -313,13 +320,23 @@ def test_a_network_that_would_show_other_maps_than_it_uses_cannot_teach(name):
         haste.Teacher(vit, (1,), 4)
 
 
+def test_a_timm_teacher_sees_images_in_the_normalisation_it_was_trained_with(monkeypatch):
+    vit, seen = tiny_vit(), []
+    vit.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    vit.patch_embed.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    monkeypatch.setattr(haste.timm, "create_model", lambda name, **kw: vit)
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    haste.load_teacher("timm/any", 4, (11,))(images)
+    assert torch.allclose(seen[0], (images / 255 - 0.5) / 0.25, atol=1e-5)
+
+
 # ---- 3. The losses -----------------------------------------------------------------------------------------
 
 def test_feature_loss_is_the_mean_negative_cosine():
     z, y = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
     naive = -sum(z[b, n] @ y[b, n] / z[b, n].norm() / y[b, n].norm() for b in range(2) for n in range(3)) / 6
     assert haste.feature_loss(z, y).item() == pytest.approx(naive.item(), rel=1e-5)
-    # its norm overflows fp16
+    # in fp16 its norm would overflow
     assert haste.feature_loss(1e4 * z.half(), z).item() == pytest.approx(-1, abs=1e-3)
 
 
@@ -388,8 +405,8 @@ def test_attention_loss_has_the_gradient_of_the_naive_formula_in_whatever_pieces
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2),
-                                              (torch.float16, 1e-3)])
+@pytest.mark.parametrize("dtype, tolerance", [
+    (torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
 def test_attention_loss_in_halves_is_that_of_the_same_numbers_in_fp64(dtype, tolerance):
     torch.manual_seed(0)
     # gaps of some hundreds
@@ -400,8 +417,8 @@ def test_attention_loss_in_halves_is_that_of_the_same_numbers_in_fp64(dtype, tol
     exact = naive_attention_loss(*wide, q_t.double(), k_t.double())
     assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
     for x, y in zip(torch.autograd.grad(loss, (q, k)), torch.autograd.grad(exact, wide)):
-        # the last four heads are free
-        assert (x[:, :12] - y).norm() < tolerance * y.norm() and not x[:, 12:].any()
+        assert (x[:, :12] - y).norm() < tolerance * y.norm()
+        assert not x[:, 12:].any()      # the last four heads are free
 
 
 @pytest.mark.parametrize("N", [1024, 4096])
@@ -454,15 +471,18 @@ def test_the_trigger_measures_the_angle_of_the_averaged_gradients(wish, cosine):
 
 def test_the_trigger_stops_alignment_once_for_all_and_a_resumed_run_does_not_ask_again(
         world, tmp_path, monkeypatch):
-    asked = []
-    real = haste.gradient_cosine
-    monkeypatch.setattr(haste, "gradient_cosine", lambda *a: asked.append(real(*a))
-                        or {1: 0.3, 2: -0.2}[(len(asked) + 3) // 4])
+    asked, real = [], haste.gradient_cosine
+
+    def angle(model, t, *rest):
+        real(model, t, *rest)
+        asked.append(t)
+        return 0.3 if len(asked) <= 4 else -0.2
+
+    monkeypatch.setattr(haste, "gradient_cosine", angle)
     auto = flags(world, tmp_path, tau="auto", tau_from=2, tau_every=2, tau_images=12, max_train_steps=7,
                  checkpointing_steps=1)
     haste.main(auto)
-    # four times at steps 2 and 4, and no more
-    assert len(asked) == 8 and all(-1 <= x <= 1 for x in asked)
+    assert asked == 2 * [0.02, 0.1, 0.5, 0.8]       # at steps 2 and 4, at the paper's times, and no more
     lines = metrics(tmp_path)
     assert [(m["step"], m["cosine"]) for m in lines if "cosine" in m] == [
         (2, pytest.approx(0.3)), (4, pytest.approx(-0.2))]
@@ -499,6 +519,7 @@ def test_an_angle_is_logged_once_also_where_a_killed_run_measures_it_again(world
         path.unlink()
     haste.main(auto)
     assert [m["step"] for m in metrics(tmp_path) if "cosine" in m] == [2, 4]
+    assert [m["step"] for m in metrics(tmp_path) if "phase" in m] == [1, 2, 3, 4, 5, 6]
 
 
 # ---- 5. The samplers ---------------------------------------------------------------------------------------
@@ -553,11 +574,16 @@ def test_the_stream_is_one_permutation_after_another_whatever_the_number_of_proc
     halves = [[i for i, _ in haste.requests(10, args, range(r * 3, r * 3 + 3), range(5), True)]
               for r in range(2)]
     assert np.array_equal(whole, np.concatenate([np.concatenate(pair) for pair in zip(*halves)]))
+    args.seed = 4
+    reseeded, _ = next(haste.requests(10, args, range(6), range(5), True))
+    assert list(reseeded) != list(whole[:6])
 
 
 def test_chance_depends_on_seed_and_step_alone():
-    one, again, other = (haste.draw(4, (3, 2, 2), torch.device("cpu"), 0, step) for step in (7, 7, 8))
-    assert same(one, again) and not any(torch.equal(a, b) for a, b in zip(one, other))
+    one, again, *others = (haste.draw(4, (3, 2, 2), torch.device("cpu"), *key)
+                           for key in ((0, 7), (0, 7), (0, 8), (1, 7)))
+    assert same(one, again)
+    assert not any(torch.equal(a, b) for other in others for a, b in zip(one, other))
     assert [x.shape for x in one] == [(4,), (4,), (4, 3, 2, 2), (4, 3, 2, 2)]
     assert not torch.equal(one[2], one[3])
 
@@ -586,8 +612,7 @@ def picture_tree(folder):
 
 def test_prepare_reads_every_kind_of_image_upright_and_skips_by_name_what_it_cannot(tmp_path, capsys):
     picture_tree(tmp_path / "src")
-    haste.main(["--prepare", f"{tmp_path}/src", "--data-dir", f"{tmp_path}/out", "--resolution", "16",
-                "--vae", "none"])
+    haste.main(preparing(tmp_path / "src", tmp_path / "out", "--resolution", 16, "--num-workers", 2))
     out = capsys.readouterr().out
     assert "8 images of 2 classes" in out and "2 could not be read" in out and "cut.jpg" in out
     assert "text.png" in out
@@ -654,7 +679,7 @@ def latents(world, diffusers):
     return world / "latents"
 
 
-def test_latents_are_the_vaes_mean_and_std_and_are_drawn_anew_each_step(latents):
+def test_latents_are_the_vaes_mean_and_std_and_x0_is_drawn_from_them(latents):
     data = haste.Data(latents)
     batch = data[np.arange(3), True]
     assert data.shape == (4, 8, 8) and (data.vae, data.scale, data.resolution) == ("stub", 0.25, 64)
@@ -667,8 +692,7 @@ def test_latents_are_the_vaes_mean_and_std_and_are_drawn_anew_each_step(latents)
 
 
 def test_an_interrupted_prepare_goes_on_and_ends_as_if_never_stopped(world, tmp_path, monkeypatch):
-    argv = ["--prepare", f"{world}/images", "--data-dir", f"{tmp_path}/out", "--resolution", "8", "--vae",
-            "none", "--num-workers", "0"]
+    argv = preparing(world / "images", tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "files.json.part").write_text('["a')       # a first attempt, killed at once
     real, read = haste.Crops.__getitem__, []
@@ -727,11 +751,13 @@ def test_a_damaged_file_of_a_dataset_is_named_whoever_reads_it(world, tmp_path, 
         assert err.startswith(f"haste.py: {path} cannot be read")
     run = launch(flags(world, tmp_path / "out", data_dir=tmp_path / "repa", num_workers=2))
     assert run.wait(60) == 2        # with loader processes it ends, too
+    name = tmp_path / "repa" / "vae-sd" / "00000" / "img-mean-std-00000003.npy"
+    name.write_bytes(name.read_bytes()[:-9])
+    assert "00000003.npy has" in complaint(capsys, flags(world, tmp_path, data_dir=tmp_path / "repa"))
 
 
 def test_what_was_prepared_and_cut_short_is_not_filled_up(world, tmp_path, capsys):
-    again = ["--prepare", world / "images", "--data-dir", tmp_path / "data", "--resolution", 8, "--vae",
-             "none"]
+    again = preparing(world / "images", tmp_path / "data")
     shutil.copytree(world / "data", tmp_path / "data")
     path = tmp_path / "data" / "images.npy"
     path.write_bytes(path.read_bytes()[:-500])
@@ -741,7 +767,7 @@ def test_what_was_prepared_and_cut_short_is_not_filled_up(world, tmp_path, capsy
 
 # ---- 7. Files ----------------------------------------------------------------------------------------------
 
-def test_checkpoints_of_repa_and_bare_state_dicts_load_strictly(tmp_path):
+def test_checkpoints_of_repa_and_bare_state_dicts_load_strictly(tmp_path, capsys):
     model = awake(haste.build_model("SiT-S/8", input_size=16, num_classes=3, teacher_dim=768))
     repas = {"ema": model.state_dict(), "model": {}, "opt": {}, "steps": 5,
              "args": argparse.Namespace(model="SiT-S/8", resolution=128, num_classes=3)}
@@ -756,6 +782,23 @@ def test_checkpoints_of_repa_and_bare_state_dicts_load_strictly(tmp_path):
     for more in ([], ["--vae", "none"]):        # three channels need no VAE
         haste.main(["--sample", f"{tmp_path}/pixels.pt", "--model", "SiT-XS/4", "--num-steps", "2", "--out",
                     f"{tmp_path}/a.png", *more])
+    pixels = ["--sample", tmp_path / "pixels.pt", "--model", "SiT-XS/4", "--vae", "stub"]
+    assert "learned pixels" in complaint(capsys, pixels)
+
+
+@pytest.mark.parametrize("encoder, given, decoder", [
+    ("stabilityai/sd-vae-ft-mse", None, "stabilityai/sd-vae-ft-ema"), ("another", None, "another"),
+    ("another", "its/own", "its/own"), (None, None, None), (None, "none", None)])
+def test_what_sd_vae_ft_mse_encoded_sd_vae_ft_ema_decodes(encoder, given, decoder):
+    assert haste.decoder_of(encoder, given) == decoder
+
+
+def test_training_goes_on_without_grids_where_the_vae_is_missing(
+        world, latents, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    haste.main(flags(world, tmp_path, data_dir=latents, tau=0, sampling_steps=1, max_train_steps=1))
+    assert "no grids of samples will be drawn" in capsys.readouterr().out
+    assert checkpoint(tmp_path, 1)["steps"] == 1 and not (tmp_path / "run" / "samples").exists()
 
 
 def test_nothing_in_a_checkpoint_is_unpickled(tmp_path):
@@ -773,21 +816,25 @@ def test_nothing_in_a_checkpoint_is_unpickled(tmp_path):
 # ---- 8. Training -------------------------------------------------------------------------------------------
 
 def test_a_run_through_both_phases_leaves_checkpoints_metrics_and_a_grid(world, tmp_path):
-    haste.main(flags(world, tmp_path, sampling_steps=6))
+    haste.main(flags(world, tmp_path, sampling_steps=6, ema_decay=1, lambda_r=0.25, lambda_a=2))
     lines = metrics(tmp_path)
     assert [(m["step"], m["phase"]) for m in lines] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
     for m in lines:
         aligned = m["phase"] == 1
         assert (m["loss_repa"] != 0) == (m["loss_atta"] != 0) == aligned and m["images_per_sec"] > 0
         assert m["memory_gib"] > 0
-        assert m["loss"] == pytest.approx(m["loss_diff"] + 0.5 * m["loss_repa"] + 0.5 * m["loss_atta"],
-                                          rel=1e-4)
+        weighted = m["loss_diff"] + 0.25 * m["loss_repa"] + 2 * m["loss_atta"]
+        assert m["loss"] == pytest.approx(weighted, rel=1e-4)
     saved = checkpoint(tmp_path, 6)
     assert {"model", "ema", "opt", "args", "steps"} <= saved.keys() and saved["steps"] == 6
     assert saved["args"]["model"] == "SiT-XS/2"
     assert sorted(p.stem for p in (tmp_path / "run" / "checkpoints").iterdir()) == [
         "0000002", "0000003", "0000004", "0000006"]
-    assert Image.open(tmp_path / "run" / "samples" / "0000006.png").size == (8 * 9 + 1, 4 * 9 + 1)
+    # an EMA that never follows says v = 0, and draws the noise itself
+    ema, _ = haste.load_model(tmp_path / "run" / "checkpoints" / "0000006.pt", None)
+    haste.write_grid(tmp_path / "noise.png", haste.to_images(haste.seeded_noise(ema, 32, 0, "cpu")), 8)
+    grid = tmp_path / "run" / "samples" / "0000006.png"
+    assert grid.read_bytes() == (tmp_path / "noise.png").read_bytes()
     projector = [k for k in saved["model"] if k.startswith("projectors")]
     at_tau = checkpoint(tmp_path, 3)["model"]
     assert all(torch.equal(saved["model"][k], at_tau[k]) for k in projector)
@@ -825,11 +872,13 @@ def test_after_tau_no_teacher_runs_no_image_is_read_and_no_map_is_formed(
 def test_the_teacher_runs_in_half_precision_where_that_is_faster(
         world, tmp_path, monkeypatch, precision, able, teachers, students):
     seen, real = set(), haste.losses
+
+    def losses(model, x0, eps, t, labels, target, *weights):
+        seen.add((target[1][0][0].dtype, model.blocks[0].mlp.fc1(torch.ones(1, 128)).dtype))
+        return real(model, x0, eps, t, labels, target, *weights)
+
     monkeypatch.setattr(haste, "multiplies_bf16", lambda device: able)
-    monkeypatch.setattr(haste, "losses",
-                        lambda model, *a: seen.add((a[4][1][0][0].dtype,
-                                                    model.blocks[0].mlp.fc1(torch.ones(1, 128)).dtype))
-                        or real(model, *a))
+    monkeypatch.setattr(haste, "losses", losses)
     haste.main(flags(world, tmp_path, precision=precision, max_train_steps=1))
     assert seen == {(teachers, students)}
 
@@ -858,17 +907,19 @@ RESUMED = {"plain": {}, "accumulated": {"gradient_accumulation_steps": 2}, "bf16
 
 
 @pytest.mark.parametrize("kind", RESUMED)
-@pytest.mark.parametrize("stop", [2, 3, 4])
-def test_a_resumed_run_ends_bit_for_bit_as_one_never_stopped(world, tmp_path, kind, stop):
-    haste.main(flags(world, tmp_path, exp_name="whole", checkpointing_steps=1, **RESUMED[kind]))
-    haste.main(flags(world, tmp_path, checkpointing_steps=1, max_train_steps=stop, **RESUMED[kind]))
-    haste.main(flags(world, tmp_path, checkpointing_steps=1, **RESUMED[kind]))
+def test_a_run_stopped_in_phase_one_at_tau_and_after_it_ends_bit_for_bit_as_one_never_stopped(
+        world, tmp_path, kind):
+    more = RESUMED[kind] | {"checkpointing_steps": 1}
+    haste.main(flags(world, tmp_path, exp_name="whole", **more))
+    for stop in (2, 3, 4, 6):
+        haste.main(flags(world, tmp_path, **more | {"max_train_steps": stop}))
     whole, resumed = checkpoint(tmp_path, 6, "whole"), checkpoint(tmp_path, 6)
     assert all(same(whole[k], resumed[k]) for k in ("model", "ema", "opt", "scaler", "steps", "tau"))
     assert [m["loss"] for m in metrics(tmp_path, "whole")] == [m["loss"] for m in metrics(tmp_path)]
 
 
-def test_a_resumed_run_takes_this_commands_learning_rate_and_an_optimizer_that_was_not_fused(world, tmp_path):
+def test_a_resumed_run_takes_this_commands_learning_rate_and_an_optimizer_that_was_not_fused(
+        world, tmp_path, capsys):
     """As REPA's checkpoints have it; at rate 0 nothing moves."""
     haste.main(flags(world, tmp_path, max_train_steps=2))
     path = tmp_path / "run" / "checkpoints" / "0000002.pt"
@@ -877,8 +928,16 @@ def test_a_resumed_run_takes_this_commands_learning_rate_and_an_optimizer_that_w
     haste.write_checkpoint(path, saved)
     haste.main(flags(world, tmp_path, max_train_steps=3, learning_rate=0))
     assert same(checkpoint(tmp_path, 3)["model"], saved["model"])
+    assert re.search("not as when .*learning_rate", capsys.readouterr().out)
     haste.main(flags(world, tmp_path, max_train_steps=4))
     assert not same(checkpoint(tmp_path, 4)["model"], saved["model"])
+
+
+def test_training_drops_labels_at_the_rate_of_cfg_prob(world, tmp_path):
+    haste.main(flags(world, tmp_path, tau=0, cfg_prob=1))
+    early, late = (checkpoint(tmp_path, step)["model"]["y_embedder.embedding_table.weight"]
+                   for step in (2, 6))
+    assert torch.equal(early[:4], late[:4]) and not torch.equal(early[4], late[4])      # the null label alone
 
 
 def launch(argv, processes=0, **popen):
@@ -938,21 +997,27 @@ def test_two_processes_do_what_one_does_with_the_same_global_batch(world, tmp_pa
     for a, b in zip(one, two):
         keys = [k for k in a if k.startswith(("loss", "grad_norm", "cosine", "step", "phase"))]
         assert [b[k] for k in keys] == pytest.approx([a[k] for k in keys], rel=1e-3, abs=1e-4)
-    a, b = checkpoint(tmp_path, 8, "one")["ema"], checkpoint(tmp_path, 8, "two")["ema"]
-    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+    early, a, b = (checkpoint(tmp_path, *at)["model"] for at in ((2, "one"), (8, "one"), (8, "two")))
+    apart, moved = (sum((x[k] - a[k]).square().sum().item() for k in a) for x in (b, early))
+    assert apart < 0.01 * moved
 
 
 def test_two_processes_share_the_work_of_prepare(world, tmp_path):
-    two = launch(["--prepare", world / "images", "--data-dir", tmp_path / "out", "--resolution", 8,
-                  "--vae", "none", "--num-workers", 0], 2)
-    assert two.wait() == 0, two.stderr.read()
-    assert (tmp_path / "out" / "images.npy").read_bytes() == (world / "data" / "images.npy").read_bytes()
-    assert (tmp_path / "out" / "labels.npy").read_bytes() == (world / "data" / "labels.npy").read_bytes()
+    shutil.copytree(world / "images", tmp_path / "src")
+    (tmp_path / "src" / "class3" / "last.png").write_text("no picture")
+    out, _ = finish(launch(preparing(tmp_path / "src", tmp_path / "out"), 2), 0)
+    assert out.count("skipped 'class3/last.png'") == 1      # each image is the work of one
+    for name in ("images.npy", "labels.npy"):
+        assert np.array_equal(np.load(tmp_path / "out" / name)[:40], np.load(world / "data" / name))
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(world, tmp_path):
+def test_gradient_checkpointing_computes_each_block_anew_and_changes_nothing(world, tmp_path, monkeypatch):
+    calls, real = [], haste.Block.forward
+    monkeypatch.setattr(haste.Block, "forward", lambda self, *a: calls.append(self) or real(self, *a))
     haste.main(flags(world, tmp_path, exp_name="kept"))
+    once = len(calls)
     haste.main(flags(world, tmp_path, exp_name="anew", grad_checkpoint=True))
+    assert len(calls) == 3 * once       # as many again, and as many on the way back
     assert same(checkpoint(tmp_path, 6, "kept")["model"], checkpoint(tmp_path, 6, "anew")["model"])
 
 
@@ -1012,9 +1077,20 @@ def test_a_signal_makes_one_checkpoint_at_the_next_step_and_an_exit_code_that_sa
     assert run.returncode == haste.AGAIN or processes, err
     step = max(int(p.stem) for p in (tmp_path / "run" / "checkpoints").glob("*.pt"))
     assert 20 < step < 100_000 and checkpoint(tmp_path, step)["steps"] == step and f"after step {step}" in out
+    assert len(list((tmp_path / "run" / "checkpoints").glob("*.pt"))) == 2       # tau's, and this one
     assert metrics(tmp_path)[-1]["step"] == step
     haste.main(flags(world, tmp_path, max_train_steps=step + 1, tau=20))
     assert checkpoint(tmp_path, step + 1)["steps"] == step + 1
+
+
+def test_a_second_ctrl_c_acts_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with haste.stop_signals() as caught:
+        signal.raise_signal(signal.SIGINT)
+        assert caught == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_torn_or_altered_checkpoint_is_named_and_the_one_before_it_used(world, tmp_path, capsys):
@@ -1069,8 +1145,8 @@ def test_a_step_that_is_not_finite_is_skipped_by_all_alike_and_logged_with_its_i
     finish(run, 0)
     lines, saved = metrics(tmp_path), checkpoint(tmp_path, 10)
     skipped = [m for m in lines if m.get("skipped")]
-    order = np.concatenate([i for i, _ in haste.requests(40, argparse.Namespace(batch_size=8, seed=0),
-                                                         slice(0, 8), range(10), False)])
+    args = argparse.Namespace(batch_size=8, seed=0)
+    order = np.concatenate([i for i, _ in haste.requests(40, args, slice(0, 8), range(10), False)])
     steps = [s + 1 for s in range(10) if 7 in order[8 * s:8 * s + 8]]
     assert [m["step"] for m in skipped] == steps and len(steps) == 2
     assert all(7 in m["indices"] and len(m["indices"]) == 8 for m in skipped)
@@ -1090,10 +1166,13 @@ def test_a_skipped_step_is_no_curve_in_tensorboard(world, latents, tmp_path, mon
     assert any("indices" in m for m in metrics(tmp_path))
 
 
-def test_a_gradient_norm_of_0_asked_for_clips_nothing(world, tmp_path):
-    for name, norm in (("none", 0), ("huge", 1e9)):
-        haste.main(flags(world, tmp_path, exp_name=name, max_grad_norm=norm, max_train_steps=2))
-    assert same(checkpoint(tmp_path, 2, "none")["model"], checkpoint(tmp_path, 2, "huge")["model"])
+def test_gradients_are_clipped_to_the_norm_asked_for_and_0_clips_nothing(world, tmp_path):
+    for name, norm in (("none", 0), ("huge", 1e9), ("clipped", 0.01)):
+        haste.main(flags(world, tmp_path, exp_name=name, max_grad_norm=norm, max_train_steps=1))
+    assert same(checkpoint(tmp_path, 1, "none")["model"], checkpoint(tmp_path, 1, "huge")["model"])
+    state = checkpoint(tmp_path, 1, "clipped")["opt"]["state"].values()
+    first = torch.cat([x["exp_avg"].flatten() for x in state])      # a tenth of the gradient
+    assert first.norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)
 
 
 def test_a_loss_alone_that_is_not_finite_skips_the_step(world, tmp_path, monkeypatch):
@@ -1110,9 +1189,8 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_and_leave_the_last_good_che
     before = (tmp_path / "run" / "checkpoints" / "0000002.pt").read_bytes()
     monkeypatch.setattr(haste, "MAX_SKIPPED", 6)
     data = poisoned(world, tmp_path / "data", slice(None))
-    err = complaint(capsys,
-                    flags(world, tmp_path, data_dir=data, max_train_steps=100, tau=0, checkpointing_steps=50),
-                    code=1)
+    given = flags(world, tmp_path, data_dir=data, max_train_steps=100, tau=0, checkpointing_steps=50)
+    err = complaint(capsys, given, code=1)
     assert "not finite" in err and "6 steps" in err and "--precision" in err
     assert (tmp_path / "run" / "checkpoints" / "0000002.pt").read_bytes() == before
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
@@ -1122,13 +1200,13 @@ def test_two_runs_in_one_folder_the_second_is_told_the_firsts_process(world, tmp
     first = launch(flags(world, tmp_path, max_train_steps=100_000))
     wait_for(tmp_path / "run" / "metrics.jsonl", first)
     assert f"process {first.pid}" in complaint(capsys, flags(world, tmp_path))
+    haste.main(flags(world, tmp_path, max_train_steps=1, exp_name="other"))     # while the first still runs
     first.kill()
     first.wait()
-    haste.main(flags(world, tmp_path, max_train_steps=1, exp_name="other"))
 
 
-@pytest.mark.parametrize("limit, what", [(200_000, "checkpoint"), (300, "metrics.jsonl"),
-                                         (1500, "--prepare")])
+@pytest.mark.parametrize("limit, what", [
+    (200_000, "checkpoint"), (300, "metrics.jsonl"), (1500, "--prepare")])
 def test_a_full_disk_gets_a_sentence_and_leaves_no_torn_file(world, tmp_path, limit, what):
     """Here a limit on the size of a file, as far as a program can tell the same."""
     full = dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
@@ -1187,11 +1265,6 @@ def test_a_resumed_run_is_told_that_its_data_changed(world, latents, tmp_path, c
     facts = json.loads((latents / "dataset.json").read_text())
     (tmp_path / "data" / "dataset.json").write_text(json.dumps(facts | {"vae": "another"}))
     assert "vae stub" in complaint(capsys, flags(world, tmp_path, data_dir=tmp_path / "data"))
-    haste.main(flags(world, tmp_path, max_train_steps=1, exp_name="pixels"))
-    repa_layout(tmp_path / "repa")
-    name = tmp_path / "repa" / "vae-sd" / "00000" / "img-mean-std-00000003.npy"
-    name.write_bytes(name.read_bytes()[:-9])
-    assert "00000003.npy has" in complaint(capsys, flags(world, tmp_path, data_dir=tmp_path / "repa"))
 
 
 def test_prepare_finishes_over_a_hostile_tree_and_lists_what_it_left_out(tmp_path, capsys):
@@ -1209,12 +1282,11 @@ def test_prepare_finishes_over_a_hostile_tree_and_lists_what_it_left_out(tmp_pat
     (a / "nowhere.png").symlink_to(tmp_path / "gone.png")
     os.mkfifo(a / "pipe.png")
     (a / "folder.png").mkdir()
-    haste.main(["--prepare", f"{tmp_path}/src", "--data-dir", f"{tmp_path}/out", "--resolution", "8", "--vae",
-                "none", "--num-workers", "1"])
+    haste.main(preparing(tmp_path / "src", tmp_path / "out", "--num-workers", 1))
     out = capsys.readouterr().out
     assert "3 images of 1 classes" in out and "6 could not be read" in out
-    assert all(name in out for name in ("empty.png", "text.jpg", "cut.png", "bomb.png", "nowhere.png",
-                                        "pipe.png"))
+    bad = "empty.png", "text.jpg", "cut.png", "bomb.png", "nowhere.png", "pipe.png"
+    assert all(name in out for name in bad)
     assert len(haste.Data(tmp_path / "out")) == 3
 
 
@@ -1244,10 +1316,9 @@ def test_killed_at_any_instant_it_ends_the_same(world, tmp_path, processes, kill
 
 @pytest.mark.slow
 def test_memory_files_and_threads_are_flat_over_3000_steps(world, tmp_path):
+    nowhere = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)    # an unread pipe fills up
     run = launch(flags(world, tmp_path, max_train_steps=3000, tau=1500, checkpointing_steps=500,
-                       log_every=100, num_workers=1),
-                 stdout=subprocess.DEVNULL,
-                 stderr=subprocess.DEVNULL)      # a pipe that nobody reads fills up
+                       log_every=100, num_workers=1), **nowhere)
     seen = []
     while run.poll() is None:
         lines = metrics(tmp_path) if (tmp_path / "run" / "metrics.jsonl").is_file() else []
@@ -1260,8 +1331,8 @@ def test_memory_files_and_threads_are_flat_over_3000_steps(world, tmp_path):
         time.sleep(0.5)
     assert run.wait() == 0
     early = max(rss for step, rss, _, _ in seen if 100 < step <= 500)
-    # not while it exits
-    assert max(rss for step, rss, _, _ in seen if 500 < step < 3000) < 1.02 * early
+    late = max(rss for step, rss, _, _ in seen if 500 < step < 3000)        # not while it exits
+    assert late < 1.02 * early
     for phase in (range(100, 1400), range(1700, 2900)):
         assert len({threads for step, _, threads, _ in seen if step in phase}) <= 2
         assert len({files for step, _, _, files in seen if step in phase}) <= 3
@@ -1282,12 +1353,12 @@ def test_500_bad_inputs_get_a_sentence_and_leave_nothing(world, tmp_path, capsys
     def flags_of_any_kind(name, word):
         out = tmp_path / "out"
         argv = flags(world, out, max_train_steps=1, tau=0) + [
-            f"--{name.replace('_', '-')}={word}".replace("\\0", "")]
+            f"--{name.replace('_', '-')}={word}".replace("\0", "")]
         try:
             haste.main(argv)
         except SystemExit as stop:
             assert stop.code in (1, 2)
-            assert "\\n" not in capsys.readouterr().err.strip().split("haste.py: ")[-1]
+            assert "\n" not in capsys.readouterr().err.strip().split("haste.py: ")[-1]
             assert not list(out.rglob("*.part"))
         shutil.rmtree(out, ignore_errors=True)
 
@@ -1324,22 +1395,39 @@ def test_sample_draws_the_labels_asked_for_from_the_ema(world, latents, tmp_path
     assert (args["vae"], args["scale"]) == ("stub", 0.25)
 
 
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A checkpoint of a network that never learned, but says something, of each label something else."""
+    torch.manual_seed(0)
+    model = awake(haste.build_model("SiT-XS/4", input_size=8, in_channels=3, num_classes=4))
+    model.y_embedder.embedding_table.weight.data.mul_(50)
+    path = tmp_path_factory.mktemp("talker") / "model.pt"
+    torch.save({"ema": model.state_dict(), "args": {"model": "SiT-XS/4", "num_classes": 4}}, path)
+    return path
+
+
+DRAWN = ["", "--seed 1", "--num-steps 5", "--mode ode", "--mode heun", "--cfg-scale 2",
+         "--cfg-scale 2 --guidance-high .5", "--cfg-scale 2 --guidance-low .5"]
+
+
+def test_each_flag_of_drawing_is_heeded_by_sample_and_by_evaluate(talker, tmp_path):
+    def drawn(more):
+        haste.main(["--sample", f"{talker}", "--labels", "0", "1", "--num-steps", "4",
+                    "--out", f"{tmp_path}/a.png", *more.split()])
+        return (tmp_path / "a.png").read_bytes()
+
+    def measured(more):
+        args = evaluate.parse(["--ckpt", f"{talker}", "--ref", "none", "--num-samples", "8",
+                               "--num-steps", "4", "--precision", "fp32", *more.split()])
+        return evaluate.Generated(args, torch.device("cpu"))[range(4)].numpy().tobytes()
+
+    for draw in (drawn, measured):
+        assert draw("") == draw("") and len({draw(more) for more in DRAWN}) == len(DRAWN)
+    a, b = (drawn(f"--labels 0 {y}") and haste.read_image(tmp_path / "a.png") for y in (1, 2))
+    assert np.array_equal(a[..., :10], b[..., :10]) and not np.array_equal(a, b)        # a label, a picture
+
+
 # ---- 10. The other backbones -------------------------------------------------------------------------------
-
-def frozen(seed, *shape):
-    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
-
-
-def with_frozen_weights(model, no="nothing"):
-    """The model with weights of numpy's streams, none for names that begin with `no`."""
-    state = model.state_dict()
-    for i, name in enumerate(sorted(n for n in state if not n.startswith(no))):
-        if name != "pos_embed":
-            state[name] = frozen(1000 + i, *state[name].shape) * (
-                state[name][0].numel() ** -0.5 if state[name].ndim > 1 else 0.02)
-    model.load_state_dict(state)
-    return model
-
 
 def tiny_dit(**sizes):
     torch.manual_seed(0)
@@ -1370,9 +1458,8 @@ def test_dits_released_code_gives_these_figures_for_the_same_weights():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randn_like", lambda a: frozen(next(drawn), *a.shape).to(a.dtype))
         out = haste.sample(model, frozen(9, 3, 4, 16, 16), y, steps=12, cfg_scale=1.8, mode="ddpm")
-    assert out[1, :, 11, 3].tolist() == pytest.approx([-120.932564, -170.767593, -589.873779, -355.143188],
-                                                      rel=1e-4)
-    # weights that never learned: it explodes
+    wanted = [-120.932564, -170.767593, -589.873779, -355.143188]      # it never learned, and explodes
+    assert out[1, :, 11, 3].tolist() == pytest.approx(wanted, rel=1e-4)
     assert out.abs().mean().item() == pytest.approx(226.444138, rel=1e-4)
 
 
@@ -1386,7 +1473,7 @@ def test_dit_is_sits_network_with_twice_the_channels_and_another_clock():
     x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 998.0]), torch.tensor([0, 4])
     out, z, qk = dit(x, t, y, align=True)
     assert out.shape == (2, 6, 8, 8) and z.shape == (2, 16, 24) and qk[1][0].shape == (2, 4, 16, 8)
-    # the same but for the last
+    # a SiT with the same weights, but half of the last layer's
     sit.load_state_dict({n: v[:len(sit.state_dict()[n])] for n, v in dit.state_dict().items()})
     assert torch.equal(sit(x, t, y, align=True)[1], z)
 
@@ -1552,7 +1639,7 @@ def test_a_dit_is_trained_in_both_phases_resumed_bit_for_bit_and_drawn(tiny, wor
     haste.main(flags(world, parts, model="DiT-XS/2"))
     assert all(same(checkpoint(whole, 6)[k], checkpoint(parts, 6)[k]) for k in ("model", "ema", "opt"))
     assert [m["phase"] for m in metrics(whole)] == [1, 1, 1, 2, 2, 2] and metrics(whole)[0]["loss_atta"] > 0
-    # of "ddpm", for "ode" is not for young DiTs
+    # by "ddpm", for "ode" is not for young DiTs
     assert (whole / "run" / "samples" / "0000006.png").is_file()
     path, pictures = whole / "run" / "checkpoints" / "0000006.pt", {}
     for mode in ("ddpm", "sde", "ode"):
@@ -1594,9 +1681,8 @@ def test_dits_own_checkpoints_load_without_a_projector(tmp_path, capsys):
     sit = {k: x for k, x in haste.build_model("SiT-S/8", input_size=16).state_dict().items()
            if not k.startswith("projectors")}
     torch.save(sit, tmp_path / "sit.pt")
-    assert "KeyError: 'projectors" in complaint(capsys, ["--sample", tmp_path / "sit.pt", "--model",
-                                                         "SiT-S/8"])
-    assert "holds no weights" in complaint(capsys, ["--sample", tmp_path / "sit.pt", "--model", "DiT-S/8"])
+    for kind, why in (("SiT", "KeyError: 'projectors"), ("DiT", "holds no weights")):
+        assert why in complaint(capsys, ["--sample", tmp_path / "sit.pt", "--model", f"{kind}-S/8"])
 
 
 @pytest.mark.parametrize("kind", [haste.SiT, haste.DiT, haste.MMDiT])
@@ -1710,7 +1796,7 @@ def test_the_text_is_never_supervised():
     assert not after and all(p.grad is None for block, _, p in text if block > 7)
     model.zero_grad()
     diff.backward()
-    # DDP searches for none
+    # no parameter is unused: DDP need not search for any
     assert all(p.grad is not None for n, p in model.named_parameters() if not n.startswith("projectors"))
     turned = model(x0, t, context.flip(1))
     assert torch.allclose(turned, model(x0, t, context), atol=1e-5)          # text tokens have no positions
@@ -1790,15 +1876,27 @@ def test_captions_are_encoded_once_with_the_empty_one(coco):
 
 
 def test_which_caption_is_shown_depends_on_seed_step_and_place():
-    args = argparse.Namespace(batch_size=6, seed=3)
-
-    def picks(rows, steps):
-        return [pick for *_, pick in haste.with_picks(haste.requests(10, args, rows, steps, True), args, rows,
-                                                      steps)]
+    def picks(rows, steps, seed=3):
+        args = argparse.Namespace(batch_size=6, seed=seed)
+        order = haste.requests(10, args, rows, steps, True)
+        return [pick for *_, pick in haste.with_picks(order, args, rows, steps)]
 
     whole, halves = picks(range(6), range(5)), [picks(slice(r * 3, r * 3 + 3), range(5)) for r in range(2)]
     assert np.array_equal(np.stack(whole), np.concatenate(halves, axis=1))
     assert np.array_equal(picks(range(6), range(3, 5)), whole[3:]) and len(set(np.concatenate(whole))) == 30
+    assert not np.array_equal(picks(range(6), range(5), seed=4), whole)
+
+
+def test_training_shows_more_than_an_images_first_caption(world, coco, tmp_path, monkeypatch):
+    shown, real = set(), haste.Captions.encoded
+
+    def encoded(self, slots, picks):
+        shown.update(int(u * self.counts[i]) for i, u in zip(slots, picks))
+        return real(self, slots, picks)
+
+    monkeypatch.setattr(haste.Captions, "encoded", encoded)
+    haste.main(flags(world, tmp_path, model="MMDiT-XS/4", data_dir=coco / "txt-data", tau=0))
+    assert shown >= {0, 1, 2}
 
 
 def test_an_mmdit_is_trained_in_both_phases_and_resumed_bit_for_bit(world, coco, painter, tmp_path):
@@ -1909,17 +2007,14 @@ def test_mistakes_with_captions(world, coco, tmp_path, capsys):
     assert "say --model MMDiT" in complaint(capsys, flags(world, tmp_path, data_dir=coco / "txt-data"))
     for flag in ("captions", "text_encoder"):
         assert "go with --prepare or --sample" in complaint(capsys, flags(world, tmp_path, **{flag: "words"}))
-    prepare = ["--prepare", coco / "json", "--data-dir", tmp_path / "d", "--resolution", 8, "--vae", "none",
-               "--text-encoder", "words"]
+    prepare = preparing(coco / "json", tmp_path / "d", "--text-encoder", "words")
     told = json.loads((coco / "captions.json").read_text())
     told["annotations"] = [a for a in told["annotations"] if a["image_id"]]
     (tmp_path / "lacking.json").write_text(json.dumps(told))
-    assert "1 of 12 images have no caption in" in complaint(
-        capsys, [*prepare, "--captions", tmp_path / "lacking.json"])
     (tmp_path / "other.json").write_text('{"images": [{"id": 1}], "annotations": []}')
-    assert "not the structure of COCO's" in complaint(capsys,
-                                                      [*prepare, "--captions", tmp_path / "other.json"])
-    assert "cannot be read" in complaint(capsys, [*prepare, "--captions", tmp_path / "none.json"])
+    for file, why in (("lacking", "1 of 12 images have no caption in"), ("none", "cannot be read"),
+                      ("other", "not the structure of COCO's")):
+        assert why in complaint(capsys, [*prepare, "--captions", tmp_path / f"{file}.json"])
     assert "takes one file" in complaint(capsys, [*prepare, "--captions", "a", "b"])
     assert "has no text files beside its images" in complaint(capsys, prepare)
     prepare[1] = tmp_path / "txt"
@@ -1930,9 +2025,8 @@ def test_mistakes_with_captions(world, coco, tmp_path, capsys):
     haste.main(flags(world, tmp_path, max_train_steps=1))
     path = tmp_path / "run" / "checkpoints" / "0000001.pt"
     assert "draws labels, not captions" in complaint(capsys, ["--sample", path, "--captions", "a red bus"])
-    ref = "--ref", f"{world}/data", "--num-samples", "4"
-    assert "leave --captions-from out" in refusal(capsys, "--ckpt", f"{path}", *ref, "--captions-from",
-                                                  f"{coco}/txt-data")
+    draw = "--ckpt", path, "--ref", world / "data", "--num-samples", 4
+    assert "leave --captions-from out" in refusal(capsys, *draw, "--captions-from", coco / "txt-data")
 
 
 def make_clip(folder, width=768):
@@ -1990,9 +2084,9 @@ def test_clip_encodes_what_is_prepared_and_sampled(world, coco, tmp_path, capsys
     assert "pip install transformers" in complaint(capsys, [*prepare, "--text-encoder", tmp_path / "clip"])
 
 
-@pytest.mark.parametrize("make, condition",
-                         [(tiny_dit, torch.tensor([0, 4])), (tiny_mmdit, torch.ones(2, 5, 12))])
-def test_the_other_backbones_compile_without_a_graph_break_in_both_phases(make, condition):
+@pytest.mark.parametrize("make, condition", [
+    (tiny_sit, torch.tensor([0, 4])), (tiny_dit, torch.tensor([0, 4])), (tiny_mmdit, torch.ones(2, 5, 12))])
+def test_every_backbone_compiles_without_a_graph_break_in_both_phases(make, condition):
     model = awake(make())
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.0, 7.0])
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -2007,7 +2101,7 @@ def test_the_trigger_measures_the_other_backbones_feature_block(make, condition)
     x0, eps = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
     target = haste.Teacher(tiny_vit(), range(len(model.attention_blocks)), 4)(
         torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8))
-    cosine = haste.gradient_cosine(model, 0.5, [(1.0, x0, eps, condition, target)], 0.5, 0.5)
+    cosine = haste.gradient_cosine(model, 0.5, [(1.0, x0, eps, condition, target)], 0.5, 2.0)
     diff, repa, atta = haste.losses(model, x0, eps, torch.full((2,), 0.5), condition, target)
     block = [p for n, p in model.named_parameters()
              if n.split(".")[:2] in (["blocks", str(model.feature_block - 1)],
@@ -2016,11 +2110,29 @@ def test_the_trigger_measures_the_other_backbones_feature_block(make, condition)
         each = torch.autograd.grad(loss, block, retain_graph=True, materialize_grads=True)
         return torch.cat([g.flatten() for g in each])
 
-    a, b = gradient(repa + atta), gradient(diff)
+    a, b = gradient(0.5 * repa + 2 * atta), gradient(diff)
     assert cosine == pytest.approx(F.cosine_similarity(a, b, dim=0).item(), abs=1e-5)
 
 
-# ---- 11. Mistakes get one sentence and exit code 2 ---------------------------------------------------------
+# ---- 11. The command line: defaults; mistakes get one sentence and exit code 2 -----------------------------
+
+def test_the_defaults_are_the_papers():
+    args = haste.parse(["--precision", "fp32"])
+    paper = {"model": "SiT-XL/2", "teacher": "dinov2_vitb14", "batch_size": 256, "learning_rate": 1e-4,
+             "max_grad_norm": 1.0, "ema_decay": 0.9999, "cfg_prob": 0.1, "lambda_r": 0.5, "lambda_a": 0.5,
+             "tau_from": 50_000, "tau_every": 10_000, "tau_images": 2048, "tau_cosine": -0.05}
+    assert {name: vars(args)[name] for name in paper} == paper
+    adam, = haste.Learner(tiny_sit(), args, torch.device("cpu")).optimizer.param_groups
+    assert (adam["betas"], adam["weight_decay"]) == ((0.9, 0.999), 0)
+    deep = (4, 5, 6, 7), (8, 9, 10, 11), 8, 2048
+    assert haste.MODELS["B"] == (12, 768, 12, (2, 3, 4), (7, 9, 11), 5, 2048, 100_000)
+    assert haste.MODELS["L"] == (24, 1024, 16, *deep, 250_000)
+    assert haste.MODELS["XL"] == (28, 1152, 16, *deep, 250_000)
+    assert haste.MODELS["MMDiT"] == (24, 768, 24, *deep, 200_000)
+    fid = evaluate.parse(["--ckpt", "a.pt", "--ref", "b.npz"])
+    assert (fid.num_samples, fid.mode, fid.num_steps, fid.cfg_scale) == (50_000, "sde", 250, 1.0)
+    assert not fid.balanced
+
 
 @pytest.mark.parametrize("wrong, sentence", [
     (dict(data_dir="/nowhere"), "--prepare"), (dict(model="SiT-H/2"), "unknown model 'SiT-H/2'"),
@@ -2033,6 +2145,7 @@ def test_the_trigger_measures_the_other_backbones_feature_block(make, condition)
     (dict(teacher_blocks=[1, 2, 12]), "lacks one of the blocks"), (dict(lambda_r=0, lambda_a=0), "--tau 0"),
     (dict(learning_rate="fast"), "--learning-rate"), (dict(batch_size=0), "at least 1"),
     (dict(precision="int8"), "--precision"), (dict(ema_decay=1.5), "--ema-decay"),
+    (dict(encoder_depth=7), "feature block 7"),
     (dict(no_such_flag=1), "--no-such-flag"), (dict(guidance_low=0.7, guidance_high=0.3), "--guidance-low"),
     (dict(learning_rate="nan"), "--learning-rate"),
 ])
@@ -2049,12 +2162,9 @@ def test_cuda_asked_for_and_absent(world, tmp_path, capsys):
 def test_mistakes_in_data_and_files(world, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     out = tmp_path / "out"
-    assert "empty" in complaint(capsys, flags(world, out, data_dir=tmp_path / "empty"))
+    assert "is empty or missing" in complaint(capsys, flags(world, out, data_dir=tmp_path / "empty"))
     assert "no such folder" in complaint(capsys, ["--prepare", tmp_path / "nothing", "--data-dir", out])
-    assert "class folders" in complaint(capsys, ["--prepare", tmp_path / "empty", "--data-dir", out, "--vae",
-                                                 "none"])
-    assert "does not divide" in complaint(capsys, flags(world, out, data_dir=world / "data", model="SiT-XS/8",
-                                                        batch_size=7, gradient_accumulation_steps=2))
+    assert "class folders" in complaint(capsys, preparing(tmp_path / "empty", out))
     (tmp_path / "hubconf.py").write_text(HUB)
     hub = complaint(capsys, flags(world, out, teacher="dinov2_vits14", teacher_repo=tmp_path))
     assert "dinov2_vits14_pretrain.pth" in hub and torch.hub.get_dir() in hub and "no route" in hub
@@ -2070,19 +2180,15 @@ def test_mistakes_in_data_and_files(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "evaluate", None)
     assert "evaluate.py beside haste.py" in complaint(capsys, ["--demo"])
     (out / "checkpoints").mkdir(parents=True)
-    assert "holds other things" in complaint(capsys, ["--prepare", world / "images", "--data-dir", out,
-                                                      "--vae", "none"])
-    assert "other flags" in complaint(capsys, ["--prepare", world / "images", "--data-dir", world / "data",
-                                               "--vae", "none", "--resolution", 16])
+    assert "holds other things" in complaint(capsys, preparing(world / "images", out))
+    other = preparing(world / "images", world / "data", "--resolution", 16)
+    assert "other flags" in complaint(capsys, other)
 
 
 def test_a_resolution_that_the_patch_size_does_not_divide(world, tmp_path, capsys):
-    prepare = ["--prepare", f"{world}/images", "--data-dir", f"{tmp_path}/data", "--resolution", "10",
-               "--vae", "none", "--num-workers", "0"]
-    haste.main(prepare)
-    assert "cannot cut 10 x 10" in complaint(capsys,
-                                             flags(world, tmp_path / "out", data_dir=tmp_path / "data",
-                                                   model="SiT-XS/4"))
+    haste.main(preparing(world / "images", tmp_path / "data", "--resolution", 10))
+    odd = flags(world, tmp_path / "out", data_dir=tmp_path / "data", model="SiT-XS/4")
+    assert "cannot cut 10 x 10" in complaint(capsys, odd)
     with pytest.raises(haste.BadInput, match="patches of 4"):
         tiny_sit(input_size=10, patch_size=4)
 
@@ -2099,8 +2205,6 @@ def test_the_checkpoint_of_another_model_is_refused_and_kept(world, tmp_path, ca
 
 
 # ---- 12. evaluate.py: the numbers of ADM's evaluator -------------------------------------------------------
-
-import evaluate     # noqa: E402: here, with all that needs it
 
 SMALL = {"POOL": 24, "SPATIAL": 20, "LOGITS": 12}
 
@@ -2355,6 +2459,7 @@ def test_five_numbers_are_those_of_the_formulas(tiny, tmp_path, monkeypatch):
         assert got[name] == pytest.approx(wanted, rel=1e-6)
     assert got["is"] == pytest.approx(naive_inception_score(logits, 25), rel=1e-6)
     assert (got["precision"], got["recall"]) == pytest.approx((naive_precision(x, y), naive_precision(y, x)))
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
 
 
 # Where images come from
@@ -2365,8 +2470,7 @@ def test_an_npz_a_folder_and_a_prepared_dataset_of_the_same_images_are_the_same(
     np.savez(tmp_path / "stored.npz", arr_0=images)
     np.savez_compressed(tmp_path / "packed.npz", arr_0=images, labels=np.arange(30))
     write_pngs(tmp_path / "tree" / "class", images)
-    haste.main(["--prepare", f"{tmp_path}/tree", "--data-dir", f"{tmp_path}/data", "--resolution", "8",
-                "--vae", "none", "--num-workers", "0"])
+    haste.main(preparing(tmp_path / "tree", tmp_path / "data"))
     real, asked = evaluate.zipfile.ZipExtFile.read, []
     monkeypatch.setattr(evaluate.zipfile.ZipExtFile, "read",
                         lambda self, n=-1: (asked.append(n), real(self, n))[1])
@@ -2451,9 +2555,9 @@ def drawing(runs, out, **more):
     if not path.is_file():
         path.parent.mkdir(parents=True)
         path.write_bytes((runs / "run" / "checkpoints" / "0000002.pt").read_bytes())
-    given = {"ckpt": path, "ref": runs / "ref.npz", "num-samples": 20, "batch-size": 4, "num-steps": 3,
-             "json": out / "out.json"} | {k.replace("_", "-"): v for k, v in more.items()}
-    return [w for k, v in given.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+    given = dict(ckpt=path, ref=runs / "ref.npz", num_samples=20, batch_size=4, num_steps=3,
+                 json=out / "out.json")
+    return words(**given | more)
 
 
 def test_the_protocol_is_told_whole_in_print_and_in_json(tiny, runs, tmp_path, capsys):
@@ -2682,9 +2786,9 @@ def mess(runs, tmp_path_factory):
 
 @pytest.mark.parametrize("path, sentence", {
     "nothing.npz": "there is no file or folder", "float.npz": "float64", "nchw.npz": "it is NCHW",
-    "fortran.npz": "Fortran", "grey.npz": "(6, 8, 8)", "object.npz": "object", "one.npz": "at least two",
-    "keyless.npz": "holds samples, but no images", "cut.npz": "no whole .npz", "short.npz": "cut short",
-    "text.npz": "no whole .npz", "damaged.npz": "Bad CRC", "empty": "has no images",
+    "fortran.npz": "Fortran", "grey.npz": "(6, 8, 8)", "object.npz": "arr_0 is object",
+    "one.npz": "at least two", "keyless.npz": "holds samples, but no images", "cut.npz": "no whole .npz",
+    "short.npz": "cut short", "text.npz": "no whole .npz", "damaged.npz": "Bad CRC", "empty": "has no images",
     "mixed": "0006.png is 8 x 9", "single": "at least two images", "torn": "0003.png cannot be read"}.items())
 def test_a_mistake_in_samples_or_in_a_reference(tiny, mess, capsys, monkeypatch, path, sentence):
     drawn = count_batches(monkeypatch)
@@ -2699,6 +2803,7 @@ def test_a_mistake_in_samples_or_in_a_reference(tiny, mess, capsys, monkeypatch,
 @pytest.mark.parametrize("argv, sentence", [
     ("--samples statistics.npz --ref good.npz", "no images under arr_0"),
     ("--samples good.npz --ref pytorch_fid.npz", "pytorch-fid and clean-fid"),
+    ("--ckpt run.pt --ref good.npz --guidance-low .7 --guidance-high .3", "there would be no guidance"),
     ("--samples good.npz --ref nan.npz", "is not finite"),
     ("--samples good.npz --ref swapped.npz", "(2023, 2023)"),
     ("--samples good.npz --ref pickled.npz", "cannot be read"), ("--samples good.npz", "--ref is missing"),
@@ -2787,8 +2892,12 @@ def contest(world, tmp_path, monkeypatch):
     fit = evaluate.fit
     monkeypatch.setattr(evaluate, "fit",
                         lambda net, loss, inputs, steps, title: fit(net, loss, inputs, 3, title))
-    monkeypatch.setattr(evaluate, "run_all", lambda jobs, *_: [evaluate.contend(*job) for job in jobs]
-                        and None)
+
+    def contend_here(jobs, *_):
+        for job in jobs:
+            evaluate.contend(*job)
+
+    monkeypatch.setattr(evaluate, "run_all", contend_here)
 
     def run(*flags):
         haste.main(["--demo", "--compare", "--data-dir", f"{world}/data", "--model", "SiT-XS/2",
@@ -2849,14 +2958,16 @@ def test_the_comparison_starts_all_alike_and_differs_in_the_alignment_alone(cont
     assert stop.value.code == 2 and "other flags" in capsys.readouterr().err
 
 
-def test_what_is_held_back_is_not_trained_on(world):
-    for where in (None, world / "data"):
-        (train, judges, rest), classes = evaluate.three_parts(where)
-        seen, kept = ({image.numpy().tobytes() for image in part[0]} for part in (train, rest))
-        assert not seen & kept and len(kept) == (2000 if where is None else 10)
-        assert train[0].dtype == torch.uint8
-        assert (set(train[1].tolist()) | set(rest[1].tolist())) <= set(range(len(classes)))
-    assert not seen & {image.tobytes() for image in evaluate.render_glyphs(50, 1)[0].numpy()}
+def test_what_is_held_back_is_not_trained_on(world, monkeypatch):
+    render = evaluate.render_glyphs     # as many for each part: with the same seed they would be the same
+    monkeypatch.setattr(evaluate, "render_glyphs", lambda n, seed: render(100, seed))
+    for where, count in ((None, 100), (world / "data", 10)):
+        parts, classes = evaluate.three_parts(where)
+        train, judges, rest = ({image.numpy().tobytes() for image in images} for images, *_ in parts)
+        assert not (train | judges) & rest and len(rest) == count
+        assert where or not train & judges      # of letters the judge has its own
+        assert parts[0][0].dtype == torch.uint8
+        assert {y for _, labels, _ in parts for y in labels.tolist()} <= set(range(len(classes)))
 
 
 def test_a_run_of_the_comparison_that_fails_is_named_with_its_log(tmp_path):
@@ -2870,14 +2981,12 @@ def test_a_run_of_the_comparison_that_fails_is_named_with_its_log(tmp_path):
 
 
 def test_mistakes_in_a_comparison(world, tmp_path, capsys):
-    for argv, why in ((["--compare"], "goes with --demo"), (["--demo", "--seeds", "2"], "leave them out"),
-                      (["--demo", "--compare", "--model", "MMDiT", "--output-dir", tmp_path],
-                       "choose a SiT or a DiT"),
-                      (["--demo", "--compare", "--keep=3", "--output-dir", tmp_path / "o"],
-                       "leave --keep and"),
-                      (["--demo", "--compare", "--max-train-steps", "7", "--output-dir", tmp_path / "o"],
-                       "does not divide by 5"),
-                      (["--demo", "--compare", "--data-dir", tmp_path, "--output-dir", tmp_path / "o"],
-                       "holds no dataset|is empty")):
+    compare, out = ["--demo", "--compare"], ["--output-dir", tmp_path / "o"]
+    for argv, why in (
+            (["--compare"], "goes with --demo"), (["--demo", "--seeds", 2], "leave them out"),
+            ([*compare, "--model", "MMDiT", *out], "choose a SiT or a DiT"),
+            ([*compare, "--keep=3", *out], "leave --keep and"),
+            ([*compare, "--max-train-steps", 7, *out], "does not divide by 5"),
+            ([*compare, "--data-dir", tmp_path, *out], "holds no dataset|is empty")):
         assert re.search(why, complaint(capsys, argv))
     assert not (tmp_path / "o").exists()
