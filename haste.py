@@ -1010,7 +1010,7 @@ def train(args):
                 draw_grid(run / f"samples/{step:07d}.png", ema, known, args)
             if stopping:
                 break
-        if stop.caught and not stopping and step < last:        # it interrupted the wait for data
+        if WORLD == 1 and stop.caught and not stopping:         # it interrupted the wait for data
             stopping = True
             save()
     barrier()       # until the first process has saved
