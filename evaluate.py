@@ -388,8 +388,8 @@ def allow_tf32(allowed):
 def read_batches(images, ranges, workers):
     """Yields images[rows] for each of these ranges, from loader processes. Raises UserError."""
     loader = DataLoader(
-        images, batch_size=None, sampler=ranges, num_workers=workers, timeout=300 if workers else 0)
-    with haste.explained("a loader failed; if shared memory is short, use --num-workers 0"):
+        images, batch_size=None, sampler=ranges, num_workers=workers, timeout=workers and 300)
+    with haste.explained("a loader failed; is shared memory short? use --shm-size 8g or --num-workers 0"):
         yield from loader
 
 

@@ -56,7 +56,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-# torchrun says which of how many processes this is. CUDA_VISIBLE_DEVICES= chooses the CPU.
+# torchrun sets which of how many processes this is. CUDA_VISIBLE_DEVICES= chooses the CPU.
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
@@ -357,7 +357,7 @@ def feature_loss(z, features):
 # L_ATTA = - mean over pairs of blocks, images, heads and rows i of sum_j A^T_ij log A^S_ij
 def attention_loss(student_qk, teacher_qk):
     """Two lists of (q, k), (B, heads, N, head_dim) each -> a scalar, in fp32.
-    Student head i learns from teacher head i, for the first 12 heads; the other heads are free."""
+    Student head i is paired with teacher head i, for the first 12 heads; the other heads are free."""
     total = 0
     for student, teacher in zip(student_qk, teacher_qk, strict=True):
         heads = min(student[0].shape[1], teacher[0].shape[1], 12)
@@ -441,7 +441,7 @@ def list_images(folder):
     return sorted(images), sorted(others)
 
 def upright(image):
-    """A PIL image in RGB, turned as its EXIF orientation says."""
+    """A PIL image in RGB, turned by its EXIF orientation."""
     with suppress(Exception):        # damaged EXIF data raises anything, and the pixels may be fine
         ImageOps.exif_transpose(image, in_place=True)
     return image.convert("RGB")
@@ -853,7 +853,7 @@ def restore(saved, path, model, ema, optimizer, scaler):
     if saved.get("opt") and "projectors.0.0.bias" in saved["model"]:
         optimizer.load_state_dict(saved["opt"] | {"param_groups": groups})
     else:
-        print(f"{path} has no optimizer state of this model, which starts anew")
+        print(f"{path} lacks optimizer or projector: what is missing starts from zero")
     if saved.get("scaler"):
         scaler.load_state_dict(saved["scaler"])
 

@@ -739,7 +739,7 @@ def test_other_trainers_checkpoints_load_for_sampling_and_as_a_start(
     (tmp_path / "x.pt").rename(folder / "0000000.pt")
     args = flags(world, tmp_path, "--max-train-steps", 5 if change in ("bare", "no projector") else 8)
     assert haste.train(args) is None
-    anew = "starts anew" in capsys.readouterr().out
+    anew = "starts from zero" in capsys.readouterr().out
     assert anew == (change in ("bare", "no ema", "no projector"))
 
 
