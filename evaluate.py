@@ -754,7 +754,7 @@ def report_bench(args, times, tflop, gib, expected):
         rows[row] = {
             "ms": 1e3 * median, "images_per_sec": args.batch_size / median,
             "tflop_per_sec": tflop[row] / median, "gib": gib[row],
-            "over_plain": np.median(np.divide(seconds, times["plain"])[1:])}        # of neighbours in time
+            "over_plain": np.median(np.divide(seconds, times["plain"])[1:]).item()}      # of neighbours
         print(f"{row:10}", *(f"{key} {value:<9.4g}" for key, value in rows[row].items()))
     ratios = {
         "phase2_over_plain": rows["phase II"]["over_plain"],

@@ -621,7 +621,7 @@ def join_processes(args):
 
 def autocast(precision):
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return torch.autocast(DEVICE.type, dtype, enabled=precision != "fp32")
+    return torch.autocast(DEVICE.type, dtype, enabled=dtype is not None)
 
 def any_process(flag=False):
     """True if `flag` is set on any process. The hosts wait for each other here, but not for their GPUs."""
