@@ -41,9 +41,7 @@ from PIL import Image, ImageDraw, ImageFont
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import normalize
@@ -71,7 +69,6 @@ def tf1_resize(x, size=299):
         a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=n - 1))
         x = a + (b - a) * (at - low).view(-1, *[1] * (3 - dim))
     return x
-
 
 def without_padding(branch, args):
     """TensorFlow's average pool does not count the padding; timm's does, in front of this branch."""
@@ -117,7 +114,6 @@ def load_weights(net, path):
         state = torch.load(path, map_location="cpu", weights_only=True) if path else \
             torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", check_hash=True)
         net.load_state_dict(state, assign=True)
-
 
 def randomise(net):
     """Weights of a fixed seed that keep activations alive: He's; one pass over noise sets batch norm."""
@@ -183,19 +179,18 @@ class InceptionScore:
 
     def score(self):
         mean = self.sums[:, :-1] / self.sums[:, -1:]
-        p, p_log_p = mean[:, :-1], mean[:, -1]
+        p = mean[:, :-1]
+        p_log_p = mean[:, -1]
         return (p_log_p - torch.xlogy(p, p).sum(1)).exp().mean().item()
 
 
 def squared_distances(a, b):
     return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
 
-
 def knn_radii(x, block=2000):
     """The squared distance from each of x (n, d) to its third neighbour; the first in its row is itself."""
     parts = [squared_distances(part, x).kthvalue(NEIGHBOURS + 1).values for part in x.split(block)]
     return torch.cat(parts)
-
 
 def share_within(x, centres, radii, block=2000):
     """The share of x (n, d) that lies within the squared radius of any of the centres (m, d)."""
@@ -210,7 +205,8 @@ class Npz(Dataset):
     names = ()
 
     def __init__(self, path):
-        self.path, self.file = path, None
+        self.path = path
+        self.file = None
         with haste.explained(f"{path} is no folder and no .npz with arr_0, uint8 (n, H, W, 3)"):
             with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
                 np.lib.format.read_magic(file)
@@ -236,7 +232,8 @@ class Folder(Dataset):
     """The images below a folder, all of one size. images[rows] is uint8 (B, 3, H, W)."""
 
     def __init__(self, folder):
-        self.folder, self.shape = Path(folder), None
+        self.folder = Path(folder)
+        self.shape = None
         self.names, others = haste.list_images(folder)
         if not self.names:
             raise UserError(f"{folder} holds no images")
@@ -263,7 +260,6 @@ class Folder(Dataset):
 def split_rows(n, batch_size):
     return [range(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
 
-
 def open_images(path, optional=False):
     """(images, their statistics or None) of a folder, or of an .npz with ADM's keys. Raises UserError.
     optional: images may be None where there are statistics, {"fid": (mu, sigma), "sfid": (mu, sigma)}."""
@@ -277,7 +273,6 @@ def open_images(path, optional=False):
     if images and len(images) <= NEIGHBOURS:
         raise UserError(f"{path} holds {len(images)} images, and at least {NEIGHBOURS + 1} are needed")
     return images, statistics
-
 
 def read_statistics(file):
     if "sigma_s" not in file:
@@ -353,8 +348,8 @@ class Samples:
                    if not present.issuperset(names[rows.start:rows.stop])]
         before = haste.read_json(record).get("protocol", {}) if present else self.protocol
         if present.difference(names) or not self.protocol.items() <= before.items():
-            raise UserError(f"{self.folder} has samples that were not drawn as this command says: delete it, "
-                            f"or name another folder with --out")
+            raise UserError(f"{self.folder} has samples that were drawn by other flags: delete it, or name "
+                            f"another folder with --out")
         haste.barrier()         # all processes have looked before one writes
         if not present:
             write_json(record, {"protocol": self.protocol})
@@ -370,7 +365,6 @@ def write_png(path, array):
     with haste.replacing(path) as f:
         Image.fromarray(array).save(f, "PNG", compress_level=1)     # 5 ms for 256 x 256; level 6 takes 18
 
-
 def write_json(path, content):
     if RANK == 0:
         with haste.replacing(path) as f:
@@ -384,14 +378,12 @@ def allow_tf32(allowed):
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     torch.backends.cudnn.allow_tf32 = allowed
 
-
 def read_batches(images, ranges, workers):
     """Yields images[rows] for each of these ranges, from loader processes. Raises UserError."""
     loader = DataLoader(
         images, batch_size=None, sampler=ranges, num_workers=workers, timeout=workers and 300)
     with haste.explained("a loader failed; is shared memory short? use --shm-size 8g or --num-workers 0"):
         yield from loader
-
 
 def measure(images, net, args, title, keep):
     """({"fid": (mu, sigma), "sfid": (mu, sigma)}, IS, the pooled features (n, 2048) or none) of images.
@@ -414,7 +406,6 @@ def measure(images, net, args, title, keep):
             dist.all_reduce(x)
     return {"fid": pool.statistics(), "sfid": spatial.statistics()}, score.score(), pooled
 
-
 def notes(args, samples, references, own):
     """Sentences on what makes these figures incomparable with published ones."""
     if not references:
@@ -431,7 +422,6 @@ def notes(args, samples, references, own):
         yield "samples are JPEG files, which moves FID"
     if len(samples) > SPLIT and any("/" in name for name in samples.names):
         yield f"samples come folder by folder: if these are classes, IS over splits of {SPLIT:,} is too low"
-
 
 def evaluate(args):
     """Measures args.ckpt or args.samples against args.ref; prints protocol and metrics, and returns these."""
@@ -476,11 +466,11 @@ def evaluate(args):
         write_json(path, report)
     return results
 
-
 def make_reference(args, net):
     """--make-ref: ADM's keys, from images; arr_0 holds all of them, or 10,000 evenly spaced ones."""
     images, _ = open_images(args.make_ref)
-    path, count = args.out or "ref.npz", min(len(images), MAX_REFERENCES)
+    path = args.out or "ref.npz"
+    count = min(len(images), MAX_REFERENCES)
     statistics, *_ = measure(images, net, args, "reference", keep=False)
     if RANK == 0:
         chosen = np.linspace(0, len(images) - 1, count).round().astype(int).tolist()
@@ -523,10 +513,10 @@ def main(argv=None):
 # ---- 6. The demo, haste.py --demo: letters, their teacher, and a classifier that reads samples -------------
 
 LETTERS, SIDE, PATCH = "ABCEHKRSTX", 24, 4
-TRAINING = ("--model SiT-XS/4 --batch-size 64 --learning-rate 2e-3 --ema-decay 0.99 --log-every 50 "
-            "--num-workers 0")
-DEMO = "--tau 350 --max-train-steps 700 --checkpointing-steps 350 --sampling-steps 350"
-DRAWING = "--num-steps 50 --cfg-scale 2"
+TRAINING = "--model SiT-XS/4 --ema-decay 0.99 --log-every 50 --num-workers 0"
+DEMO = ("--batch-size 48 --learning-rate 3e-3 --tau 350 --max-train-steps 700 --checkpointing-steps 350 "
+        "--sampling-steps 350")
+DRAWING = "--num-steps 30 --cfg-scale 3"
 
 
 def draw_letters(n, seed):
@@ -545,19 +535,15 @@ def draw_letters(n, seed):
         pixels.append((mask > 0.5) * (label + 1))
     return [torch.from_numpy(np.stack(x)) for x in (images, labels, pixels)]
 
-
 def fit(net, loss_of, data, steps):
-    """Some hundred steps of AdamW on the CPU, enough for the demo's teacher and its classifier."""
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    """Some hundred steps of Adam on the CPU, enough for the demo's teacher and its classifier."""
+    optimizer = torch.optim.Adam(net.parameters(), 2e-3)
     for _ in tqdm(range(steps), desc="fitting", dynamic_ncols=True):
         i = torch.randint(len(data[0]), (64,))
         optimizer.zero_grad()
         loss_of(*(x[i] for x in data)).backward()
         optimizer.step()
-        schedule.step()
     return net.eval().requires_grad_(False)
-
 
 def fit_teacher(path, images, pixels):
     """Writes a file for --teacher: a ViT of 4 blocks that learned to which letter each pixel belongs."""
@@ -571,10 +557,9 @@ def fit_teacher(path, images, pixels):
         target = F.pixel_unshuffle(pixels[:, None], PATCH).flatten(2).mT            # (B, N, 16)
         return F.cross_entropy(logits.view(target.numel(), -1), target.flatten())
 
-    fit(nn.ModuleList([vit, head]), pixel_loss, (images, pixels), 400)
+    fit(nn.ModuleList([vit, head]), pixel_loss, (images, pixels), 250)
     with haste.replacing(path) as f:
         torch.save({"config": config, "model": vit.state_dict()}, f)
-
 
 def fit_classifier():
     """A small convolutional network that neither teacher nor student meets, fitted to letters of its own."""
@@ -582,19 +567,15 @@ def fit_classifier():
     net = nn.Sequential(
         nn.Conv2d(3, 64, 6, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Flatten(),
         nn.Linear(64 * 7 * 7, 64), nn.ReLU(), nn.Linear(64, len(LETTERS)))
-    images, labels, _ = draw_letters(4000, seed=1)
-    return fit(net, lambda x, y: F.cross_entropy(net(x.float()), y), (images, labels), 300)
-
+    return fit(net, lambda x, y: F.cross_entropy(net(x.float()), y), draw_letters(4000, seed=1)[:2], 300)
 
 def share_read(classifier, images, labels):
     return (classifier(images.float()).argmax(1) == labels).double().mean().item()
-
 
 def command(line, program="haste.py", flags=haste.FLAGS):
     """Prints a command, and returns the values of its flags."""
     print("\n$ python", program, line)
     return haste.parse(program, flags, shlex.split(line))
-
 
 def prepare_letters(home):
     """Makes a dataset of letters and a teacher, and returns the flags that name them."""
@@ -607,13 +588,11 @@ def prepare_letters(home):
     haste.prepare(command(f"--prepare {at}/letters --data-dir {at}/data --resolution {SIDE} --vae none"))
     return f"--data-dir {at}/data --teacher {at}/teacher.pt"
 
-
 def draw_samples(args):
     """(images (n, 3, 24, 24) uint8, labels (n,)) that evaluate.py measures with these flags."""
     haste.join_processes(args)
     samples = Samples(args)
     return Folder(samples.complete())[range(args.num_samples)], torch.from_numpy(samples.labels)
-
 
 def demo(argv):
     """haste.py --demo: draws letters, fits a teacher, runs ordinary commands. argv goes to the training."""
@@ -629,7 +608,7 @@ def demo(argv):
     classifier = fit_classifier()
     real, labels, _ = draw_letters(500, seed=2)
     print(f"\nthe classifier reads {share_read(classifier, real, labels):.0%} of real letters")
-    np.savez(home / "real.npz", arr_0=real[:100].permute(0, 2, 3, 1))
+    np.savez(home / "real.npz", arr_0=real[:50].permute(0, 2, 3, 1))
     rows = [real[:20]]
     for path in sorted((home / "checkpoints").glob("[0-9]*.pt")):
         line = f"--ckpt {at}/checkpoints/{path.name} --num-samples 100 {DRAWING} --num-workers 0"
@@ -665,19 +644,32 @@ def count_tflop(call, *given):
         call(*given)
     return counter.get_total_flops() / 1e12
 
-
-def time_calls(n, call, *given):
-    """Seconds for each of n calls, after two others: DDP builds its buckets in the second."""
+def time_calls(call, *given):
+    """Seconds of a call, and GiB of GPU memory at its peak. Two others come first: DDP builds its buckets in
+    the second."""
+    cuda = DEVICE.type == "cuda"
+    n = 10 if cuda else 1
     synchronize = getattr(torch, DEVICE.type).synchronize
     for _ in range(2):
         call(*given)
     synchronize()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     for _ in range(n):
         call(*given)
     synchronize()
-    return (time.perf_counter() - began) / n
+    return (time.perf_counter() - began) / n, torch.cuda.max_memory_allocated() / 2 ** 30
 
+def bench_teacher(name, grid, blocks):
+    with haste.one_after_another():
+        try:
+            teacher = haste.load_teacher(name, grid, blocks)
+        except UserError as e:
+            print(f"{e}: a ViT-B/14 with random weights takes its place")
+            vit = VisionTransformer(img_size=14 * grid, patch_size=14, num_classes=0, init_values=1.0)
+            teacher = haste.Teacher(vit, blocks, grid)
+    return teacher.to(DEVICE)
 
 def bench(args):
     """haste.py --bench: times training steps, plain, of phase I and of phase II, and the network in a
@@ -686,25 +678,19 @@ def bench(args):
     kind, config, patch = haste.parse_name(args.model)
     if kind is haste.MMDiT:
         raise UserError("--bench times SiT and DiT: choose one with --model")
-    B, R, S = args.batch_size // WORLD, args.resolution, args.resolution // 8
-    grid, cuda = S // patch, DEVICE.type == "cuda"
-    with haste.one_after_another():
-        try:
-            teacher = haste.load_teacher(args.teacher, grid, config.teacher_blocks)
-        except UserError as e:
-            print(f"{e}: a ViT-B/14 with random weights takes its place")
-            vit = VisionTransformer(img_size=14 * grid, patch_size=14, num_classes=0, init_values=1.0)
-            teacher = haste.Teacher(vit, config.teacher_blocks, grid)
+    B = args.batch_size // WORLD
+    R, S = args.resolution, args.resolution // 8
+    grid = S // patch
+    teacher = bench_teacher(args.teacher, grid, config.teacher_blocks)
     with DEVICE:
         model = haste.build_model(args.model, input_size=S, teacher_dim=teacher.dim)
         x0, eps = torch.randn(2, B, 4, S, S)
         t, y = torch.rand(B), torch.randint(1000, (B,))
         images = torch.randint(256, (B, 3, R, R), dtype=torch.uint8)
-    teacher.to(DEVICE)
     ema = copy.deepcopy(model)
-    update_ema = get_ema_multi_avg_fn(args.ema_decay)
+    update_ema = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema_decay)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1.0)
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
     if args.compile:
         haste.compile_blocks(model)
 
@@ -719,9 +705,10 @@ def bench(args):
             parts = haste.losses(net, model.process, *given)
         scaler.scale(sum(parts)).backward()
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        optimizer.found_inf = (~norm.isfinite()).float()
         scaler.step(optimizer)
-        scaler.update(1.0)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         update_ema([*ema.parameters()], [*model.parameters()], None)
 
@@ -733,18 +720,16 @@ def bench(args):
             model.projectors.requires_grad_(row == "phase I")
             net = Plain(model) if row == "plain" else model
             tflop[row] = tflop.get(row) or B * count_tflop(run, row, net, 1)
-            net = DDP(net, gradient_as_bucket_view=True) if WORLD > 1 else net
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            times[row].append(time_calls(10 if cuda else 1, run, row, net, B))
-            gib[row] = torch.cuda.max_memory_allocated() / 2 ** 30
+            if WORLD > 1:
+                net = nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+            seconds, gib[row] = time_calls(run, row, net, B)
+            times[row].append(seconds)
             net = None
             gc.collect()        # the hooks of DDP go with it
     # A step uses each weight of the projector three times: forward, for its gradient, for its input's.
     tokens = torch.zeros(grid ** 2, config.hidden_size, device=DEVICE)
     added = B * (count_tflop(teacher, images[:1]) + 3 * count_tflop(model.projectors[0], tokens))
     report_bench(args, times, tflop, gib, 1 + added / tflop["plain"])
-
 
 def report_bench(args, times, tflop, gib, expected):
     """Prints the table, and writes it to args.json. expected: phase I over plain, by counted FLOP."""
@@ -770,15 +755,14 @@ def report_bench(args, times, tflop, gib, expected):
 # and ignores it: no cosine is below -1.
 VARIANTS = {"plain": "--tau 0", "REPA": "--tau never --lambda-a 0", "attention": "--tau never --lambda-r 0",
             "never": "--tau auto --tau-cosine -1", "HASTE": "", "auto": "--tau auto"}
-COMPARED = ("--max-train-steps 1500 --tau 750 --tau-from 150 --tau-every 150 --tau-images 256 "
-            "--checkpointing-steps 300 --sampling-steps 0")
+COMPARED = ("--batch-size 64 --learning-rate 2e-3 --max-train-steps 1500 --tau 750 --tau-from 150 "
+            "--tau-every 150 --tau-images 256 --checkpointing-steps 300 --sampling-steps 0")
 MEASURED = "--num-samples 1000 --mode heun --num-steps 13 --num-workers 0"
 
 
 def feature_statistics(classifier, images):
     features = classifier[:-2](images.float()).double()         # (n, 64)
     return features.mean(0), features.T.cov()
-
 
 def compare(args, given):
     """haste.py --demo --compare: trains VARIANTS one after another by ordinary commands, and measures samples
@@ -818,13 +802,13 @@ def compare(args, given):
         write_json(path, results)
     report_comparison(home, haste.read_json(path), seeds)
 
-
 def report_comparison(home, results, seeds):
     """Prints the table of means and standard deviations over the seeds, and draws the curves."""
     runs = results["runs"]
     steps = list(runs["plain"][seeds[0]])
     x = np.array([[list(runs[variant][seed].values()) for seed in seeds] for variant in VARIANTS])
-    mean, deviation = x.mean(1), x.std(1, ddof=min(1, len(seeds) - 1))          # (variants, steps, 2)
+    mean = x.mean(1)                                            # (variants, steps, 2)
+    deviation = x.std(1, ddof=min(1, len(seeds) - 1))
     print(f"\n| step | {' | '.join(VARIANTS)} |\n|{' --- |' * (1 + len(VARIANTS))}")
     for i, step in enumerate(steps):
         cells = [f"{m[0]:.2f} ± {d[0]:.2f}, {100 * m[1]:.0f} ± {100 * d[1]:.0f} %"

@@ -268,8 +268,8 @@ class Teacher(nn.Module):
         N = self.grid ** 2      # the last N tokens are patches; class and register tokens come before them
         features = self.vit.forward_features(x)
         features = features["x_norm_patchtokens"] if isinstance(features, dict) else features[:, -N:]
-        qkv = [split_heads(self.qkv.pop(b)[:, -N:], self.vit.blocks[b].attn.num_heads) for b in self.blocks]
-        return features, [(q, k) for q, k, v in qkv]
+        heads = self.vit.blocks[0].attn.num_heads
+        return features, [split_heads(self.qkv.pop(b)[:, -N:], heads)[:2] for b in self.blocks]
 
 
 def load_teacher(name, grid, blocks):
@@ -444,6 +444,8 @@ def upright(image):
     """A PIL image in RGB, turned by its EXIF orientation."""
     with suppress(Exception):        # damaged EXIF data raises anything, and the pixels may be fine
         ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] == "I":        # 16 bits, which Pillow would clip at 255
+        image = image.point(lambda level: level / 256)
     return image.convert("RGB")
 
 def to_tensor(image):
@@ -495,7 +497,7 @@ class Data(Dataset):
         with explained(f"an image or latent of {name} cannot be read"):
             if self.latents:
                 item["moments"] = torch.from_numpy(np.load(self.latents / name)).squeeze(0)
-            if self.with_images and self.images.is_dir() or not self.latents:
+            if self.with_images or not self.latents:
                 name = name.replace("img-mean-std-", "img").replace(".npy", ".png")
                 item["image"] = to_tensor(Image.open(self.images / name))
         return item
@@ -641,12 +643,12 @@ def one_after_another():
         barrier()
 
 
-STOP_SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, n)]
+STOP_SIGNALS = [n for n in signal.Signals if n.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")]
 
 
 class StopSignals:
     """A stop signal sets `caught` while busy, and acts at once at other times, as a second Ctrl-C does."""
-    caught, busy = None, True
+    caught, busy = 0, True
 
     def __init__(self):
         for n in STOP_SIGNALS:
@@ -911,8 +913,7 @@ def train(args):
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     update_ema = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema_decay)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.0, fused=True)
-    fp16 = args.precision == "fp16"
-    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=65536.0 if fp16 else 1.0)
+    scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
     if newest:
         restore(saved, newest, model, ema, optimizer, scaler)
     del saved
@@ -981,11 +982,12 @@ def train(args):
                 scaler.scale(loss * micro / local).backward()
                 values += torch.stack([loss, diff, repa, atta]).detach() * micro / local
 
-            # --- step, which GradScaler skips on all processes where a gradient is not finite
+            # --- step, which the optimizer skips on all processes where a gradient is not finite
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+            optimizer.found_inf = (~norm.isfinite()).float()        # the GradScaler sets it only in fp16
             scaler.step(optimizer)
-            scaler.update(None if fp16 else 1.0)
+            scaler.update()
             optimizer.zero_grad()
 
             # --- EMA
@@ -996,13 +998,13 @@ def train(args):
             bar.update()
             window.append(torch.stack([*values, norm]))
             if WORLD == 1 or step % 10 == 0:        # not each: it costs a message
-                stopping = any_process(stop.caught is not None)
+                stopping = any_process(stop.caught)
             ends = stopping or step in (tau, last)
             if ends or step % args.log_every == 0:
                 means = summarise(window)
-                bar.set_postfix(loss=means["loss"])
-                log(run, args, step=step, phase=2 - aligned, **means)
                 if len(window) > means["skipped_steps"]:
+                    bar.set_postfix(loss=means["loss"])
+                    log(run, args, step=step, phase=2 - aligned, **means)
                     window = []
             if RANK == 0 and (ends or step % args.checkpointing_steps == 0):
                 save()
@@ -1027,7 +1029,7 @@ def summarise(window):
     taken = table[table[:, -1].isfinite()] / WORLD      # CPU-GPU sync point
     if not len(taken) and len(window) >= MAX_SKIPPED:
         raise UserError(f"no finite gradient in {len(window)} steps: use fp32, or a lower --learning-rate")
-    means = dict(zip(("loss", "loss_diff", "loss_repa", "loss_atta", "grad_norm"), taken.mean(0).tolist()))
+    means = dict(zip("loss loss_diff loss_repa loss_atta grad_norm".split(), taken.mean(0).tolist()))
     return means | {"skipped_steps": len(window) - len(taken)}
 
 def measure_cosines(model, teacher, data, args, step, size):
@@ -1272,9 +1274,10 @@ SAMPLER_FLAGS = f"""
 --cfg-scale float 1.0             guidance scale; 1 is no guidance
 --guidance-low float 0.0          guide where t is in [low, high]
 --guidance-high float 1.0         guide where t is in [low, high]
+for all of these
 --seed int 0                      seed of everything random
 --precision str -                 bf16, fp16 or fp32 (a half on a GPU, else fp32)
---compile switch -                compile the model's blocks
+--compile switch -                compile the model's blocks, in training and in evaluate.py
 --vae str -                       AutoencoderKL of diffusers, a name or a folder; none learns pixels
 --num-workers int {min(4, os.cpu_count())}               loader processes for each process
 """
@@ -1315,14 +1318,14 @@ training
 --checkpointing-steps int 50000   steps between checkpoints
 --sampling-steps int 10000        steps between grids of samples; 0 draws none
 --wandb str -                     log to this project of Weights & Biases, too
-sampling{SAMPLER_FLAGS.replace("--cfg-scale float 1.0", "--cfg-scale float 4.0")}
---labels int+ -                   classes that --sample draws
---out str samples.png             the picture that --sample writes
 for --demo and --bench
 --compare switch -                plain, REPA, attention and HASTE side by side
 --seeds int 1                     runs of each of them, from --seed
 --json str -                      the file in which --bench writes its figures, too
-"""
+sampling
+--labels int+ -                   classes that --sample draws
+--out str samples.png             the picture that --sample writes
+{SAMPLER_FLAGS.replace("--cfg-scale float 1.0", "--cfg-scale float 4.0")}"""
 
 
 def tau_value(text):
