@@ -110,7 +110,7 @@ class Inception(nn.Module):
 
 def load_weights(net, path):
     with haste.explained(f"the FID Inception's weights could not be loaded from {path or WEIGHTS_URL}; "
-                         f"without internet, get that file and use --inception FILE"):
+                         f"without internet, get that file and use --inception FILE, or --inception random"):
         state = torch.load(path, map_location="cpu", weights_only=True) if path else \
             torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", check_hash=True)
         net.load_state_dict(state, assign=True)
@@ -253,7 +253,7 @@ class Folder(Dataset):
             image = haste.to_tensor(haste.upright(image))
         if self.shape and image.shape[1:] != self.shape[1:3]:
             raise UserError(f"{path} has the size {[*image.shape[1:]]}, and {self.names[0]} "
-                            f"{[*self.shape[1:3]]}: all must have one size, as --prepare crops them")
+                            f"{[*self.shape[1:3]]}: all must have one size, as --prepare writes into images/")
         return image
 
 
@@ -492,7 +492,7 @@ what to measure, and against what
 --out str -                       for --ckpt a folder (in the run's eval/), for --make-ref a file (ref.npz)
 --json str -                      a file for the metrics and their protocol
 --no-prec-recall switch -         leave precision and recall out
---inception str -                 the FID Inception's weights, or random (downloaded)
+--inception str -                 a file of the FID Inception's weights (downloaded), or random to do without
 --batch-size int 64               images at a time, in each process; it is a part of what --ckpt draws
 what --ckpt draws
 --num-samples --num-fid-samples int 50000     samples
@@ -520,8 +520,7 @@ DRAWING = "--num-steps 30 --cfg-scale 3"
 
 
 def draw_letters(n, seed):
-    """n letters, bright on dark, of random colours, sizes, places and angles: images (n, 3, 24, 24) uint8,
-    labels (n,), and for each pixel (n, 24, 24) its label + 1, or 0 on the ground."""
+    """n random letters: images (n, 3, 24, 24) uint8, labels (n,), and pixels (n, 24, 24): label + 1 or 0."""
     rng, images, pixels = np.random.default_rng(seed), [], []
     labels = rng.integers(len(LETTERS), size=n)
     for label in labels:
@@ -580,6 +579,7 @@ def command(line, program="haste.py", flags=haste.FLAGS):
 def prepare_letters(home):
     """Makes a dataset of letters and a teacher, and returns the flags that name them."""
     at = shlex.quote(str(home))
+    print("drawing letters, and fitting the teacher to them")
     images, labels, pixels = draw_letters(4000, seed=0)
     for i, (image, label) in enumerate(zip(images, labels)):
         write_png(home / "letters" / LETTERS[label] / f"{i:04d}.png", image.permute(1, 2, 0).numpy())

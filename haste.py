@@ -643,7 +643,7 @@ def one_after_another():
         barrier()
 
 
-STOP_SIGNALS = [n for n in signal.Signals if n.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")]
+STOP_SIGNALS = [n for n in signal.Signals if n.name in "SIGTERM SIGINT SIGHUP SIGUSR1".split()]
 
 
 class StopSignals:
@@ -725,7 +725,7 @@ def read_checkpoint(path, name):
     with explained(f"{path} cannot be read as a checkpoint"), torch.serialization.safe_globals(SAFE_TYPES):
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         args = saved.get("args") or {}
-        args = {"model": name} | dict(args if isinstance(args, dict) else vars(args))
+        args = {"model": name} | (args if isinstance(args, dict) else vars(args))
         process = {str(args.get(key)).lower() for key in ("path_type", "prediction")}
         if not process <= {"none", "linear", "v", "velocity"}:
             raise ValueError(f"it is of another process than linear paths and velocities: {process}")
@@ -795,13 +795,14 @@ def newest_checkpoint(folder):
 @cache
 def load_vae(name):
     """diffusers' AutoencoderKL, frozen. Raises UserError where diffusers or weights are missing."""
-    with explained(f"--vae {name} could not be loaded; it is a name or a folder, pip install diffusers"):
+    with explained(f"--vae {name} could not be loaded; it is a name or a folder, pip install diffusers; none "
+                   f"is only for --prepare"):
         from diffusers import AutoencoderKL
         config = AutoencoderKL.load_config(name)
         kind, shifts = config["_class_name"], config.get("shift_factor") or config.get("latents_mean")
         if kind != "AutoencoderKL" or shifts:
             raise ValueError(f"only an AutoencoderKL without shifts will do, not a {kind}")
-        vae, info = AutoencoderKL.from_pretrained(name, output_loading_info=True)
+        vae, info = AutoencoderKL.from_pretrained(name, output_loading_info=True, low_cpu_mem_usage=False)
         if info["missing_keys"]:
             raise ValueError(f"it lacks the weight {min(info['missing_keys'])}")
     return vae.to(DEVICE).eval().requires_grad_(False)
@@ -882,7 +883,7 @@ def compile_blocks(model):
 
 def train(args):
     """Trains args.model on args.data_dir to step args.max_train_steps, from the newest whole checkpoint.
-    Returns the exit code: None, or 75 (start me again) where a signal ended it before. Raises UserError."""
+    Returns the exit code: 0, or 75 (start me again) where a signal ended it before. Raises UserError."""
     # --- processes, data, the newest checkpoint
     join_processes(args)
     data, run = Data(args.data_dir), Path(args.output_dir, args.exp_name)
@@ -1017,9 +1018,9 @@ def train(args):
             save()
     barrier()       # until the first process has saved
     stop.busy = False
-    if stopping:
-        print(f"stopped after step {step}, which is saved; the same command resumes")
-        return 75       # EX_TEMPFAIL
+    bar.close()
+    print(f"{run}: saved after step {step}" + "; stopped, the same command resumes" * stopping)
+    return 75 * stopping        # EX_TEMPFAIL
 
 def summarise(window):
     """[(loss, diff, repa, atta, norm), ...] -> means over the steps taken, and how many were skipped."""
@@ -1278,7 +1279,7 @@ for all of these
 --seed int 0                      seed of everything random
 --precision str -                 bf16, fp16 or fp32 (a half on a GPU, else fp32)
 --compile switch -                compile the model's blocks, in training and in evaluate.py
---vae str -                       AutoencoderKL of diffusers, a name or a folder; none learns pixels
+--vae str -                       AutoencoderKL of diffusers, a name or a folder; none prepares pixels
 --num-workers int {min(4, os.cpu_count())}               loader processes for each process
 """
 FLAGS = f"""
@@ -1328,12 +1329,12 @@ sampling
 {SAMPLER_FLAGS.replace("--cfg-scale float 1.0", "--cfg-scale float 4.0")}"""
 
 
-def tau_value(text):
+def int_never_or_auto(text):
     return text if text in ("never", "auto") else int(text)
 
 def parse(program, flags, argv=None):
     """The values of the flags in a table, which speaks the dialect of SiT, REPA and HASTE."""
-    kinds = {"int": int, "float": float, "str": str, "tau": tau_value}
+    kinds = {"int": int, "float": float, "str": str, "tau": int_never_or_auto}
     group = parser = argparse.ArgumentParser(program, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for line in filter(None, flags.splitlines()):
         columns = re.fullmatch(r"((?:--\S+ )+)(\w+)(\+?) (?:-|(\S+)) +(.*)|.*", line)
@@ -1364,7 +1365,7 @@ class Output:
             self.stream.flush()
 
     def flush(self):
-        self.write("")
+        """write has done it."""
 
 
 @contextmanager

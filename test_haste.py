@@ -581,7 +581,7 @@ def test_repas_dataset_trains_as_it_is(world, tmp_path):
     repa_folder(tmp_path, [0, "7", 2.0, 1] * 3)
     data = haste.Data(tmp_path)
     assert (data.vae, data.scale, len(data.classes)) == (haste.VAE_ENCODER, 0.18215, 8)
-    assert train(world, tmp_path, "--data-dir", tmp_path, "--tau", 0) is None
+    assert train(world, tmp_path, "--data-dir", tmp_path, "--tau", 0) == 0
 
 @pytest.mark.parametrize(
     "labels, channels, words",
@@ -668,7 +668,7 @@ def test_other_trainers_checkpoints_load_for_sampling_and_as_a_start(
     )
     assert args["vae"] is None and model.num_classes == 4
     incomplete = change in ("bare", "without EMA", "without projector")
-    assert train(world, tmp_path, "--max-train-steps", 5 if change == "bare" else 8) is None
+    assert train(world, tmp_path, "--max-train-steps", 5 if change == "bare" else 8) == 0
     assert ("starts from zero" in capsys.readouterr().out) == incomplete
 
 @pytest.mark.parametrize(
@@ -727,7 +727,7 @@ def test_sits_own_checkpoints_are_converted_exactly(tmp_path, world):
     wanted = -sits_own(theirs, x, 1 - t, y)
     assert torch.allclose(ours(x, t, y), wanted, atol=2e-5) and wanted.abs().max() > 0.1
     with torch.enable_grad():
-        assert train(world, tmp_path) is None  # and it can start a HASTE run
+        assert train(world, tmp_path) == 0  # and it can start a HASTE run
     as_dit, _ = haste.load_ema(saved_as(state, tmp_path, "dit.pt"), "DiT-XS/2")
     assert isinstance(as_dit, haste.DiT)  # the same shapes are a DiT's under a DiT's name
 
@@ -980,7 +980,7 @@ def test_stop_signal_saves_once_and_asks_to_be_started_again(world, tmp_path, na
     assert process.returncode == (1 if processes else 75), err
     step = metrics(tmp_path, "step")[-1]
     assert checkpoints(tmp_path)[-1] == f"{step:07d}.pt"
-    assert f"stopped after step {step}" in out
+    assert f"saved after step {step}; stopped" in out
 
 def test_hangup_that_nohup_ignores_stays_ignored_and_nobody_need_read_the_output(world, tmp_path):
     process = launch(
@@ -1106,7 +1106,7 @@ def test_repas_and_hastes_names_of_flags_are_understood(capsys):
     assert (args.tau, args.lambda_r, args.lambda_a, args.teacher) == (7, 1, 2, "x")
     with pytest.raises(SystemExit):
         parse("--tau sometimes")
-    assert "invalid tau_value value: 'sometimes'" in capsys.readouterr().err
+    assert "invalid int_never_or_auto value: 'sometimes'" in capsys.readouterr().err
 
 def test_terminal_that_lacks_a_letter_does_not_end_a_run(tmp_path):
     with open(tmp_path / "terminal", "w", encoding="ascii") as terminal:
@@ -1274,13 +1274,14 @@ def test_text_is_never_supervised_and_no_parameter_is_unused():
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A CLIP of one block, which knows no word, in place of the real one."""
+    """A CLIP of one block, which knows four letters, in place of the real one."""
     transformers, folder = pytest.importorskip("transformers"), tmp_path_factory.mktemp("clip")
-    (folder / "vocab.json").write_text('{"<|startoftext|>": 0, "<|endoftext|>": 1}')
+    letters = '"a": 2, "0</w>": 3, "1</w>": 4, "e</w>": 5'
+    (folder / "vocab.json").write_text('{"<|startoftext|>": 0, "<|endoftext|>": 1, %s}' % letters)
     (folder / "merges.txt").write_text("#version: 0.2\n")
     transformers.CLIPTokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt").save_pretrained(folder)
     config = transformers.CLIPTextConfig(
-        vocab_size=2,
+        vocab_size=6,
         hidden_size=768,
         intermediate_size=8,
         num_hidden_layers=1,
@@ -1763,7 +1764,7 @@ def test_the_demo_is_a_row_of_ordinary_commands(hasty, capsys):
     assert printed.count("the classifier reads") == 3
     phases = [json.loads(line)["phase"] for line in (home / "metrics.jsonl").open()]
     assert phases == [1, 2]
-    assert Image.open(home / "demo.png").height >= 3 * 48
+    assert (home / "demo.png").is_file()
 
 def test_the_benchs_plain_network_is_the_models():
     model = awake(haste.build_model("SiT-XS/4", input_size=8))
