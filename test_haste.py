@@ -1757,13 +1757,12 @@ def hasty(tiny, monkeypatch, tmp_path):
     return "--demo --tau 1 --max-train-steps 2 --checkpointing-steps 1 --sampling-steps 0".split()
 
 def test_the_demo_is_a_row_of_ordinary_commands(hasty, capsys):
-    assert not evaluate.demo(hasty)
+    evaluate.demo(hasty)
     printed, home = capsys.readouterr().out, Path("runs/demo")
     programs = [line.split()[2] for line in printed.splitlines() if line.startswith("$ python ")]
-    assert programs == ["haste.py", "haste.py", "evaluate.py", "evaluate.py", "haste.py"]
-    assert printed.count("the classifier reads") == 3
-    phases = [json.loads(line)["phase"] for line in (home / "metrics.jsonl").open()]
-    assert phases == [1, 2]
+    assert programs == "haste.py haste.py evaluate.py evaluate.py haste.py".split()
+    assert (printed.count("the classifier reads"), printed.count("\nrecall ")) == (3, 1)
+    assert [json.loads(line)["phase"] for line in (home / "metrics.jsonl").open()] == [1, 2]
     assert (home / "demo.png").is_file()
 
 def test_the_benchs_plain_network_is_the_models():
@@ -1778,7 +1777,7 @@ def test_the_bench_reports_times_rates_and_ratios(world, tmp_path):
     report = json.loads(path.read_text())
     rows = report["rows"]
     assert report["phase2_over_plain"] == rows["phase II"]["over_plain"]
-    assert 0 < report["phase1_over_expected"] < rows["phase I"]["over_plain"]
+    assert report["phase1_over_expected"] < rows["phase I"]["over_plain"]
 
 def test_the_comparison_trains_and_measures_each_variant_once(hasty, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "VARIANTS", {"plain": "--tau 0", "HASTE": ""})
@@ -1810,10 +1809,9 @@ def test_killed_at_random_instants_the_end_is_the_same_bits(world, tmp_path, pro
     )
     run(line(world, tmp_path / "whole", *more), processes)
     for _ in range(kills):
-        process = launch(line(world, tmp_path / "killed", *more), processes, start_new_session=True)
+        process = launch(line(world, tmp_path / "killed", *more), processes)
         time.sleep(rng.uniform(4, 12))
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        subprocess.run(["pkill", "-KILL", "-f", tmp_path / "killed"])  # torchrun's processes, too
         process.wait()
     run(line(world, tmp_path / "killed", *more), processes)
     assert same(checkpoint(tmp_path / "whole", 60), checkpoint(tmp_path / "killed", 60))
