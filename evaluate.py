@@ -713,7 +713,7 @@ def bench(args):
         update_ema([*ema.parameters()], [*model.parameters()], None)
 
     # --- the rounds, the first of which warms up
-    times = {row: [] for row in ("plain", "phase I", "phase II", "sampling")}
+    times = {row: [] for row in ("plain", "phase II", "phase I", "sampling")}
     tflop, gib = {}, {}
     for _ in tqdm(range(6), desc="rounds", disable=RANK > 0):
         for row in times:
