@@ -348,8 +348,8 @@ class Samples:
                    if not present.issuperset(names[rows.start:rows.stop])]
         before = haste.read_json(record).get("protocol", {}) if present else self.protocol
         if present.difference(names) or not self.protocol.items() <= before.items():
-            raise UserError(f"{self.folder} has samples that were drawn by other flags: delete it, or name "
-                            f"another folder with --out")
+            raise UserError(f"{self.folder} has samples drawn by other flags or weights: delete it, or "
+                            f"name another folder with --out")
         haste.barrier()         # all processes have looked before one writes
         if not present:
             write_json(record, {"protocol": self.protocol})
