@@ -94,17 +94,17 @@ class Inception(nn.Module):
                 m.conv, m.bn = fuse_conv_bn_eval(m.conv, m.bn), nn.ReLU(inplace=True)
         for name in "5b 5c 5d 6b 6c 6d 6e 7b".split():
             getattr(net, f"Mixed_{name}").branch_pool.register_forward_pre_hook(without_padding)
-        kept = self.kept = {}           # Mixed_7c pools its input, and in TensorFlow by the maximum
-        net.Mixed_7c.register_forward_pre_hook(lambda block, args: kept.update(x=args[0]))
-        net.Mixed_7c.branch_pool.register_forward_pre_hook(lambda *_: F.max_pool2d(kept.pop("x"), 3, 1, 1))
-        net.Mixed_6d.register_forward_hook(lambda block, args, out: kept.update(spatial=out[:, :7]))
+        saved = self.saved = {}             # Mixed_7c pools its input, and in TensorFlow by the maximum
+        net.Mixed_7c.register_forward_pre_hook(lambda block, args: saved.update(x=args[0]))
+        net.Mixed_7c.branch_pool.register_forward_pre_hook(lambda *_: F.max_pool2d(saved.pop("x"), 3, 1, 1))
+        net.Mixed_6d.register_forward_hook(lambda block, args, out: saved.update(spatial=out[:, :7]))
         self.net = net.requires_grad_(False).to(memory_format=torch.channels_last)
 
     @torch.no_grad()
     def forward(self, images):
         x = (tf1_resize(images.float()) - 128) / 128
         pool = self.net.forward_features(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))
-        spatial = self.kept.pop("spatial").permute(0, 2, 3, 1).flatten(1)       # height, width, channel
+        spatial = self.saved.pop("spatial").permute(0, 2, 3, 1).flatten(1)       # height, width, channel
         return pool, spatial, pool @ self.net.fc.weight.T
 
 
@@ -157,8 +157,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """mu (d,), sigma (d, d) of two Gaussians, in fp64. R^T S_2 R has the eigenvalues of S_1 S_2 and is
     symmetric, so that this is exact where S_1, of few samples, lacks full rank; sqrtm(S_1 S_2) is not."""
     w, V = torch.linalg.eigh(sigma1)
-    kept = w > w[-1] * len(w) * torch.finfo(w.dtype).eps        # the rank, small where images are few
-    R = V[:, kept] * w[kept].sqrt()
+    positive = w > w[-1] * len(w) * torch.finfo(w.dtype).eps        # the rank, small where images are few
+    R = V[:, positive] * w[positive].sqrt()
     roots = torch.linalg.eigvalsh(R.T @ sigma2 @ R).clamp(min=0).sqrt()
     return (((mu1 - mu2) ** 2).sum() + sigma1.trace() + sigma2.trace() - 2 * roots.sum()).item()
 
@@ -268,8 +268,8 @@ def open_images(path, optional=False):
     else:
         with haste.explained(f"{path} is no folder and no whole .npz"), np.load(path) as file:
             statistics = read_statistics(file) if "mu" in file else None
-            without = optional and statistics and "arr_0" not in file
-        images = None if without else Npz(path)
+            no_images = optional and statistics and "arr_0" not in file
+        images = None if no_images else Npz(path)
     if images and len(images) <= NEIGHBOURS:
         raise UserError(f"{path} holds {len(images)} images, and at least {NEIGHBOURS + 1} are needed")
     return images, statistics
@@ -406,7 +406,7 @@ def measure(images, net, args, title, keep):
             dist.all_reduce(x)
     return {"fid": pool.statistics(), "sfid": spatial.statistics()}, score.score(), pooled
 
-def notes(args, samples, references, own):
+def notes(args, samples, references, given):
     """Sentences on what makes these figures incomparable with published ones."""
     if not references:
         yield f"{args.ref} holds statistics but no images: precision and recall are left out"
@@ -414,7 +414,7 @@ def notes(args, samples, references, own):
         yield f"samples have the size {samples.shape[1:3]}, and reference images {references.shape[1:3]}"
     if args.inception == "random":
         yield "the features are a random network's: figures compare only with one another"
-    if own:
+    if given:
         yield f"FID and sFID are those of the mu and sigma in {args.samples}, as ADM takes them"
     elif len(samples) < 50_000:
         yield f"{len(samples):,} samples, and not 50,000: FID and sFID are too high, by a term in 1 / n"
@@ -433,7 +433,7 @@ def evaluate(args):
         return make_reference(args, net)
     references, reference = open_images(args.ref, optional=True)
     drawn = Samples(args) if args.ckpt else None
-    samples, own = (None, None) if drawn else open_images(args.samples)
+    samples, given = (None, None) if drawn else open_images(args.samples)
     keep = bool(references) and not args.no_prec_recall
 
     # --- features of the reference, then of the samples
@@ -448,7 +448,7 @@ def evaluate(args):
         return
 
     # --- the metrics, with their protocol and notes
-    statistics = own or statistics
+    statistics = given or statistics
     results = {metric: frechet_distance(*statistics[metric], *reference[metric]) for metric in reference}
     results["is"] = score
     if keep:
@@ -458,7 +458,7 @@ def evaluate(args):
         "samples": args.samples, "number of samples": len(samples), "size": list(samples.shape[1:3]),
         "reference": args.ref, "features": args.inception or WEIGHTS}
     protocol |= drawn.protocol if drawn else {}
-    report = results | {"protocol": protocol, "notes": [*notes(args, samples, references, own)]}
+    report = results | {"protocol": protocol, "notes": [*notes(args, samples, references, given)]}
     for name, value in (protocol | results).items():
         print(f"{name:20} {value}")
     print(*(f"note: {note}" for note in report["notes"]), sep="\n")
@@ -535,7 +535,7 @@ def draw_letters(n, seed):
     return [torch.from_numpy(np.stack(x)) for x in (images, labels, pixels)]
 
 def fit(net, loss_of, data, steps):
-    """Some hundred steps of Adam on the CPU, enough for the demo's teacher and its classifier."""
+    """A few hundred steps of Adam on the CPU, enough for the demo's teacher and its classifier."""
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
     for _ in tqdm(range(steps), desc="fitting", dynamic_ncols=True):
         i = torch.randint(len(data[0]), (64,))
@@ -616,7 +616,7 @@ def demo(argv):
         images, labels = draw_samples(args)
         print(f"the classifier reads {share_read(classifier, images, labels):.0%} at step {int(path.stem)}")
         rows.append(images[:20])
-    evaluate(args)
+    evaluate(args)          # of the last checkpoint
     haste.sample_from(command(f"--sample {at}/checkpoints/{path.name} {DRAWING} --out {at}/samples.png"))
     with haste.replacing(home / "demo.png") as f:
         save_image(F.interpolate(torch.cat(rows) / 255, scale_factor=2), f, "png", nrow=20)
@@ -805,7 +805,7 @@ def compare(args, given):
 def report_comparison(home, results, seeds):
     """Prints the table of means and standard deviations over the seeds, and draws the curves."""
     runs = results["runs"]
-    steps = list(runs["plain"][seeds[0]])
+    steps = list(map(int, runs["plain"][seeds[0]]))
     x = np.array([[list(runs[variant][seed].values()) for seed in seeds] for variant in VARIANTS])
     mean = x.mean(1)                                            # (variants, steps, 2)
     deviation = x.std(1, ddof=min(1, len(seeds) - 1))
@@ -823,8 +823,9 @@ def report_comparison(home, results, seeds):
     figure = Figure((10, 4.5), layout="constrained")
     for column, axis in enumerate(figure.subplots(1, 2)):
         for variant, m, d in zip(VARIANTS, mean[..., column], deviation[..., column]):
-            axis.errorbar([*map(int, steps)], m, d, label=variant)
-        axis.set(xlabel="step", title=("Frechet distance", "share read")[column])
+            axis.errorbar(steps, m, d, label=variant)
+        axis.set(xlabel="step", title=("Frechet distance", "share read right")[column],
+                 yscale=("log", "linear")[column])
         axis.legend()
     with haste.replacing(home / "compare.png") as f:
         figure.savefig(f, format="png", dpi=80)

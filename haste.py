@@ -74,13 +74,14 @@ def explained(sentence):
     except UserError:
         raise
     except Exception as e:
+        # what follows the traceback of a loader process, or torch.load's advice on weights_only
         reason = " ".join(re.split(r"[Ee]rror: |source\.\n\n", str(e))[-1].split())
         raise UserError(f"{sentence} ({type(e).__name__}: {reason[:300]})") from e
 
 
 # ---- 1. The student: SiT -----------------------------------------------------------------------------------
 
-# Attention blocks count from 0, the teacher's in a ViT of 12 blocks; the feature block counts from 1.
+# attention_blocks and teacher_blocks (of a ViT of 12 blocks) count from 0, feature_block counts from 1.
 Config = namedtuple(
     "Config", "depth hidden_size num_heads attention_blocks feature_block projector_dim teacher_blocks tau")
 BASE, LARGE = ((2, 3, 4), 5, 2048, (7, 9, 11)), ((4, 5, 6, 7), 8, 2048, (8, 9, 10, 11))
@@ -258,7 +259,7 @@ class Teacher(nn.Module):
         self.qkv = {}
         for b in blocks:
             hook = lambda module, args, out, b=b: self.qkv.update({b: out})
-            vit.blocks.get_submodule(str(b)).attn.qkv.register_forward_hook(hook)       # none is negative
+            vit.blocks.get_submodule(str(b)).attn.qkv.register_forward_hook(hook)   # -1 is an error
 
     @torch.no_grad()
     def forward(self, images):
@@ -292,7 +293,7 @@ def load_teacher(name, grid, blocks):
 
 class Flow:
     """The linear interpolant from data to noise, and its velocity; a namespace of functions."""
-    modes, guided_channels = ("sde", "ode", "heun"), None      # all
+    modes, guided_channels = ("sde", "ode", "heun"), None
 
     # x_t = (1 - t) x0 + t eps
     def add_noise(x0, eps, t):
@@ -330,7 +331,7 @@ def sample(model, noise, y, steps=250, cfg_scale=1.0, guidance=(0.0, 1.0), mode=
     Raises UserError for a mode that the model does not have."""
     if mode not in model.process.modes:
         raise UserError(f"this model has no sampler {mode}: use --mode {' or '.join(model.process.modes)}")
-    c = model.process.guided_channels
+    c = model.process.guided_channels       # None is all
     if cfg_scale != 1:
         with explained("a model trained without label dropout cannot be guided: use --cfg-scale 1"):
             null = torch.as_tensor(model.null_label, device=y.device).expand_as(y)
@@ -402,7 +403,6 @@ def losses(net, process, x0, eps, t, y, target, lambda_r, lambda_a):
 # ---- 5. Termination: the gradient-angle trigger of appendix A.2 --------------------------------------------
 
 TRIGGER_TIMES = (0.02, 0.1, 0.5, 0.8)
-
 
 # alignment is dropped when cos(grad (lambda_R L_REPA + lambda_A L_ATTA), grad L_diff) is below a threshold
 def gradients(model, t, x0, eps, y, target, lambda_r, lambda_a):
@@ -486,7 +486,7 @@ class Data(Dataset):
             self.vae, self.scale = metadata["vae"], metadata["scale"]
         channels, *size = self[0]["moments" if self.latents else "image"].shape
         self.shape = (channels // 2 if self.latents else channels, *size)       # of a clean sample x0
-        if self.vae is VAE_ENCODER and channels != 8:
+        if self.vae == VAE_ENCODER and channels != 8:
             raise UserError(f'{listing} does not name a VAE of {channels // 2} channels: add "vae", "scale"')
 
     def __len__(self):
@@ -529,8 +529,8 @@ def permutation(n, *key):
 def batch_indices(n, seed, batch_size, rows, steps):
     """For each step, the indices of these rows of the global batch, from one permutation after another."""
     for step in steps:
-        places = range(step * batch_size + rows.start, step * batch_size + rows.stop)
-        yield [permutation(n, seed, p // n)[p % n] for p in places]
+        positions = range(step * batch_size + rows.start, step * batch_size + rows.stop)
+        yield [permutation(n, seed, p // n)[p % n] for p in positions]
 
 def draw(n, shape, *key):
     """For a global batch of n: t and u (n,), uniform in [0, 1), and eps and xi (n, *shape), normal."""
@@ -681,7 +681,8 @@ def load_batches(loader, stop):
         return
     finally:
         stop.busy = True
-        getattr(batches, "_shutdown_workers", bool)()       # they ignore SIGTERM
+        if loader.num_workers:
+            batches._shutdown_workers()         # they ignore SIGTERM
 
 @contextmanager
 def replacing(path):
@@ -712,7 +713,6 @@ def build_model(name, **sizes):
     """The model of that name; sizes are arguments of its class, and go before those of CONFIGS."""
     kind, config, patch = parse_name(name)
     return kind(**dict(zip(Config._fields[:6], config)) | {"patch_size": patch} | sizes)
-
 
 # Harmless types in the args of other people's checkpoints.
 SAFE_TYPES = [argparse.Namespace, PosixPath, np.dtype, np.float64(0).__reduce__()[0]]
@@ -831,22 +831,24 @@ def resolve(args, data):
     args.attention_blocks = args.attention_blocks or config.attention_blocks
     args.teacher_blocks = args.teacher_blocks or config.teacher_blocks
     args.encoder_depth = args.encoder_depth or config.feature_block
-    args.grid, args.cfg_scale = data.shape[1] // patch, args.cfg_scale if args.cfg_prob else 1.0
+    args.grid = data.shape[1] // patch
+    if not args.cfg_prob:
+        args.cfg_scale = 1.0        # without label dropout there is no guidance
     if args.tau is None:
         args.tau = 300_000 if args.model == "SiT-XL/2" and args.grid == 32 else config.tau
     parts = WORLD * args.gradient_accumulation_steps
-    for mistake, made in {
-        f"--batch-size {args.batch_size} must divide into {parts} equal parts": args.batch_size % parts,
-        f"{args.model} needs inputs that divide by {patch}, not {data.shape[1]}": data.shape[1] % patch,
-        "--attention-blocks and --teacher-blocks must have the same length":
-            len(args.attention_blocks) != len(args.teacher_blocks),
-        f"{args.model} has no block {max(args.attention_blocks)}": max(args.attention_blocks) >= config.depth,
-        f"phase I needs {data.images}: without it, use --tau 0": args.tau and not data.images.is_dir(),
-        f"MMDiT needs captions, other models labels: {args.data_dir} does not fit {args.model}":
-            (kind is MMDiT) != bool(data.captions),
-    }.items():
-        if made:
-            raise UserError(mistake)
+    if args.batch_size % parts:
+        raise UserError(f"--batch-size {args.batch_size} must divide into {parts} equal parts")
+    if data.shape[1] % patch:
+        raise UserError(f"{args.model} needs inputs that divide by {patch}, not {data.shape[1]}")
+    if len(args.attention_blocks) != len(args.teacher_blocks):
+        raise UserError("--attention-blocks and --teacher-blocks must have the same length")
+    if max(args.attention_blocks) >= config.depth:
+        raise UserError(f"{args.model} has no block {max(args.attention_blocks)}")
+    if args.tau and not data.images.is_dir():
+        raise UserError(f"phase I needs {data.images}: without it, use --tau 0")
+    if (kind is MMDiT) != bool(data.captions):
+        raise UserError(f"{args.model} does not fit {args.data_dir}: an MMDiT needs captions, others labels")
 
 def restore(saved, path, model, ema, optimizer, scaler):
     """Loads a checkpoint into a run. Raises UserError for another model's."""
@@ -1003,7 +1005,7 @@ def train(args):
             ends = stopping or step in (tau, last)
             if ends or step % args.log_every == 0:
                 means = summarise(window)
-                if len(window) > means["skipped_steps"]:
+                if len(window) > means["skipped_steps"]:        # else no step was taken yet
                     bar.set_postfix(loss=means["loss"])
                     log(run, args, step=step, phase=2 - aligned, **means)
                     window = []
@@ -1123,7 +1125,7 @@ def discretized_log_likelihood(x, mean, log_std):
 
 class DDPM:
     """DiT's diffusion: the model gives the noise and a variance, and its t is an integer, 0 .. 999."""
-    modes, guided_channels = ("sde", "ddpm"), 3
+    modes, guided_channels = ("sde", "ddpm"), 3         # of its 8, as in DiT's code
 
     # x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps
     def add_noise(x0, eps, t):
