@@ -994,7 +994,7 @@ def train(args):
             optimizer.zero_grad()
 
             # --- EMA
-            update_ema(*zip(*pairs), None)
+            update_ema(*zip(*pairs), None)      # the EMA's weights, and the model's
             step += 1
 
             # --- everything below is diagnostics
