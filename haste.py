@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""HASTE in one file: train diffusion transformers fast, aligned with DINOv2 only while they are young.
+"""HASTE in one file: train diffusion transformers fast by aligning them with DINOv2 early in training.
 
     REPA Works Until It Doesn't: Early-Stopped, Holistic Alignment Supercharges Diffusion Training
     Wang et al., NeurIPS 2025, https://arxiv.org/abs/2505.16792
@@ -11,55 +11,64 @@
     python haste.py --model SiT-B/2 --gradient-accumulation-steps 4       # one GPU
     torchrun --nproc_per_node=8 haste.py --model SiT-XL/2 --tau 250000    # eight GPUs: the paper's run
 
-The same command starts a run and resumes it. Sections 1 to 5 are the paper, in its order. Section 8 is the
-training loop. Section 10 holds the paper's two other models, DiT and MM-DiT; a reader of SiT can skip it.
+Run the same command again to resume. Sections 1 to 5 are the paper, in its order. Section 8 is the
+training loop. Section 10 holds the paper's two other models; a reader of SiT can skip it.
 
-    paper     here       shape                  what it is
-    x_0       x0         (B, C, S, S)           a clean sample: a VAE latent, or pixels in [-1, 1]
-    t         t          (B,)                   time in [0, 1]: 0 is data, 1 is noise
-    x_t       x_t        (B, C, S, S)           (1 - t) x0 + t eps
-    v         v          (B, C, S, S)           the velocity; its target is eps - x0
-    proj(h)   z          (B, N, D_T)            the student's N tokens after its feature block, projected
-    y         features   (B, N, D_T)            the teacher's last patch tokens, after its final norm
-    A^S, A^T  qk         (B, heads, N, d) each  queries and keys [(q, k), ...] that make the attention maps
-              y          (B,)                   the condition: class labels
+    paper     here        shape                  what it is                                        section
+    x_0       x0          (B, C, S, S)           a clean sample: a VAE latent, or pixels in [-1, 1]      3
+    eps       eps         (B, C, S, S)           the noise, from N(0, 1)                                 3
+    t         t           (B,)                   time in [0, 1]: 0 is data, 1 is noise                   3
+    x_t       x_t         (B, C, S, S)           (1 - t) x0 + t eps                                      3
+    v         v           (B, C, S, S)           the velocity; its target is eps - x0                    3
+    proj(h)   z           (B, N, D_T)            the student's tokens after its feature block, projected 1
+    y         features    (B, N, D_T)            the teacher's last patch tokens, after its final norm   2
+    A^S, A^T  qk          (B, heads, N, d) each  [(q, k), ...], of which the attention maps are made  1, 2
+              y           (B,)                   the condition: class labels (not the paper's y)         1
+              u           (B,)                   uniform in [0, 1): drops the condition if u < cfg_prob  6
+              xi          (B, C, S, S)           N(0, 1): draws a latent, mean + std xi                  6
 """
 import argparse
 import copy
 import gc
+import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
+import time
 import zipfile
-import zlib
 from collections import namedtuple
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, lru_cache, partial
-from itertools import filterfalse, pairwise
-from pathlib import Path, PosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import GELUTanh, Mlp, PatchEmbed, build_sincos2d_pos_embed, resample_abs_pos_embed
+from timm.layers import GELUTanh, Mlp, PatchEmbed, resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-# torchrun sets which of how many processes this is. CUDA_VISIBLE_DEVICES= chooses the CPU.
-RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-DEVICE = torch.device(f"cuda:{LOCAL_RANK}" if torch.cuda.is_available() else "cpu")
+# Set by torchrun. Some platforms set WORLD_SIZE for a single process; without RANK it means nothing.
+DISTRIBUTED = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+RANK = int(os.environ["RANK"]) if DISTRIBUTED else 0
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if DISTRIBUTED else 0
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if DISTRIBUTED else 1
+
+# To use the CPU beside a GPU, set CUDA_VISIBLE_DEVICES= (to nothing).
+DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
 
 
 class UserError(Exception):
@@ -67,42 +76,54 @@ class UserError(Exception):
 
 
 @contextmanager
-def explained(sentence):
-    """Turns whatever other code raises, from a damaged file to a missing package, into a UserError."""
+def user_error(sentence):
+    """Re-raises any exception as a UserError that begins with `sentence`."""
     try:
         yield
     except UserError:
         raise
     except Exception as e:
-        # what follows the traceback of a loader process, or torch.load's advice on weights_only
-        reason = " ".join(re.split(r"[Ee]rror: |source\.\n\n", str(e))[-1].split())
-        raise UserError(f"{sentence} ({type(e).__name__}: {reason[:300]})") from e
+        raise UserError(f"{sentence} ({reason(e)})") from e
+
+
+def reason(error):
+    """What went wrong, in a line: an exception's type and message, without other text around it."""
+    # torch.save answers a full disk by an error of its own, on top of the OSError that says so.
+    if isinstance(error.__context__, OSError):
+        error = error.__context__
+    # A loader process puts its traceback before the message, and torch.load its advice.
+    message = re.split(r"\n[\w.]+: |trusted source\.\s|WeightsUnpickler error: ", str(error))[-1]
+    message = " ".join(message.split())
+    return f"{type(error).__name__}: {message[:300]}"
 
 
 # ---- 1. The student: SiT -----------------------------------------------------------------------------------
 
-# attention_blocks and teacher_blocks (of a ViT of 12 blocks) count from 0, feature_block counts from 1.
-Config = namedtuple(
-    "Config", "depth hidden_size num_heads attention_blocks feature_block projector_dim teacher_blocks tau")
-BASE, LARGE = ((2, 3, 4), 5, 2048, (7, 9, 11)), ((4, 5, 6, 7), 8, 2048, (8, 9, 10, 11))
+# The paper's models, their partners in the teacher, and tau. Attention blocks count from 0, as do the blocks
+# of the teacher (of 12); the feature block counts from 1. At 512 px, the tau of SiT-XL/2 is 300,000.
+# XS, for the demo, and S are not in the paper.
+Config = namedtuple("Config", "depth hidden_size num_heads attention_blocks feature_block projector_dim "
+                              "teacher_blocks tau")
 CONFIGS = {
-    "XS": Config(6, 128, 4, (1, 2, 3), 4, 256, (9, 10, 11), 450),       # not in the paper: the demo's
-    "S": Config(12, 384, 6, *BASE, 100_000),                            # not in the paper: as B
-    "B": Config(12, 768, 12, *BASE, 100_000),
-    "L": Config(24, 1024, 16, *LARGE, 250_000),
-    "XL": Config(28, 1152, 16, *LARGE, 250_000),                        # tau is 300K at 512 px
-    "MMDiT": Config(24, 768, 24, *LARGE, 200_000),                      # section 10
+    #             depth width heads attention     feature projector teacher          tau
+    "XS": Config(     6,  128,    4, (1, 2, 3),         4,      256, (9, 10, 11),    450),
+    "S": Config(     12,  384,    6, (2, 3, 4),         5,     2048, (7, 9, 11), 100_000),
+    "B": Config(     12,  768,   12, (2, 3, 4),         5,     2048, (7, 9, 11), 100_000),
+    "L": Config(     24, 1024,   16, (4, 5, 6, 7),      8,     2048, (8, 9, 10, 11), 250_000),
+    "XL": Config(    28, 1152,   16, (4, 5, 6, 7),      8,     2048, (8, 9, 10, 11), 250_000),
+    "MMDiT": Config( 24,  768,   24, (4, 5, 6, 7),      8,     2048, (8, 9, 10, 11), 200_000),
 }
 LayerNorm = partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)
 
 
 def split_heads(qkv, heads):
     """(B, N, 3 D) -> q, k, v, each (B, heads, N, head_dim), as views."""
-    return [x.transpose(1, 2) for x in qkv.unflatten(2, (3, heads, -1)).unbind(2)]
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).unbind(2)        # (B, N, heads, head_dim)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 class Attention(nn.Module):
-    """Self-attention that also returns its queries and keys."""
+    """Self-attention that also returns its queries and keys, for L_ATTA."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -112,17 +133,18 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = split_heads(self.qkv(x), self.num_heads)
-        x = F.scaled_dot_product_attention(q, k, v)         # (B, heads, N, head_dim)
-        return self.proj(x.transpose(1, 2).flatten(2)), (q, k)
+        x = F.scaled_dot_product_attention(q, k, v)     # (B, heads, N, head_dim)
+        x = x.transpose(1, 2).flatten(2)                # (B, N, D)
+        return self.proj(x), (q, k)
 
 
 def modulate(x, shift, scale):
-    """x (B, N, D) by shift and scale (B, D)."""
+    """Scales and shifts tokens x (B, N, D) by scale and shift (B, D)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 class Block(nn.Module):
-    """A transformer block with adaLN-Zero conditioning (the DiT paper, section 3.2)."""
+    """A transformer block with adaLN-Zero conditioning (Peebles and Xie, 2023, section 3.2)."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -134,14 +156,17 @@ class Block(nn.Module):
 
     def forward(self, x, c):
         """Tokens x (B, N, D) and condition c (B, D) -> the next tokens, and (q, k) of the attention."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
-        attended, qk = self.attn(modulate(self.norm1(x), shift_a, scale_a))
-        x = x + gate_a[:, None] * attended
-        x = x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        modulation = self.adaLN_modulation(c).chunk(6, dim=1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation
+        attended, qk = self.attn(modulate(self.norm1(x), shift_msa, scale_msa))
+        x = x + gate_msa[:, None] * attended
+        x = x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
         return x, qk
 
 
 class FinalLayer(nn.Module):
+    """Tokens (B, N, D) and condition (B, D) -> patches (B, N, out_features)."""
+
     def __init__(self, dim, out_features):
         super().__init__()
         self.norm_final = LayerNorm(dim)
@@ -159,82 +184,133 @@ def frequencies(device=None):
 
 
 class TimestepEmbedder(nn.Module):
+    """Times (B,) -> (B, D)."""
+
     def __init__(self, dim):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t):
-        angle = t.float()[:, None] * frequencies(t.device)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
+        angles = t.float()[:, None] * frequencies(t.device)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+
+
+class LabelEmbedder(nn.Module):
+    """Class labels (B,) -> (B, D). The last row of the table is the null label, for guidance."""
+
+    def __init__(self, num_classes, dim):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, y):
+        return self.embedding_table(y)
 
 
 def sincos_positions(dim, side):
     """Fixed positions (1, side^2, dim): sines and cosines of the column, then of the row."""
-    waves = build_sincos2d_pos_embed((side, side), dim)         # sin row, sin column, cos row, cos column
-    return waves.view(1, side ** 2, 2, 2, -1).transpose(2, 3).flip(2).flatten(2)
+    omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angles = torch.outer(torch.arange(side, dtype=torch.float64), omega)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1).float()      # (side, dim / 2)
+    column = waves.repeat(side, 1)
+    row = waves.repeat_interleave(side, dim=0)
+    return torch.cat([column, row], dim=1)[None]
+
 
 def unpatchify(x, patch):
     """Tokens (B, N, patch^2 C) -> (B, C, S, S)."""
     side = math.isqrt(x.shape[1])
-    x = x.unflatten(2, (patch ** 2, -1)).permute(0, 3, 2, 1)            # (B, C, patch^2, N)
-    return F.pixel_shuffle(x.flatten(1, 2).unflatten(2, (side, side)), patch)
+    x = x.view(len(x), side, side, patch, patch, -1)
+    x = torch.einsum("bhwpqc->bchpwq", x)
+    return x.reshape(len(x), -1, side * patch, side * patch)
+
+
+def build_projector(dim, projector_dim, teacher_dim):
+    """REPA's projector: tokens (B, N, D) -> (B, N, teacher_dim)."""
+    # A random stream of its own keeps the other initial weights independent of teacher_dim.
+    with torch.random.fork_rng(devices=()):
+        return nn.Sequential(
+            nn.Linear(dim, projector_dim), nn.SiLU(),
+            nn.Linear(projector_dim, projector_dim), nn.SiLU(),
+            nn.Linear(projector_dim, teacher_dim))
+
 
 def xavier(module):
+    """Initialises a linear layer, or a convolution as the linear layer that it is on patches."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.xavier_uniform_(module.weight.flatten(1))
         nn.init.zeros_(module.bias)
 
 
 class SiT(nn.Module):
-    """The scalable interpolant transformer with REPA's projector; parameter names as in SiT and REPA.
-    attention_blocks count from 0, feature_block from 1. Label dropout is part of the training loop."""
+    """The scalable interpolant transformer with REPA's projector; parameters are named as in SiT and REPA.
+
+    attention_blocks count from 0, feature_block from 1. Label dropout is part of the training loop.
+    """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=1152, depth=28, num_heads=16,
                  num_classes=1000, attention_blocks=(4, 5, 6, 7), feature_block=8,
                  teacher_dim=768, projector_dim=2048, out_channels=None):
         super().__init__()
-        self.process = Flow                                                                     # section 3
-        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
-        self.attention_blocks, self.feature_block = attention_blocks, feature_block
-        self.num_classes = self.null_label = num_classes        # the last row of y_embedder, for guidance
+        self.input_size = input_size
+        self.patch_size = patch_size
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.attention_blocks = attention_blocks
+        self.feature_block = feature_block
+        self.diffusion = Flow()                 # section 3
+        self.guided_channels = in_channels      # on how many of its channels guidance acts
+        self.can_be_guided = True               # false if it was trained without label dropout
+
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = nn.Sequential()
-        self.y_embedder.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
         positions = sincos_positions(hidden_size, input_size // patch_size)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(depth))
-        with torch.random.fork_rng(devices=()):     # all else starts the same whatever the teacher's width
-            self.projectors = nn.ModuleList([nn.Sequential(
-                nn.Linear(hidden_size, projector_dim), nn.SiLU(),
-                nn.Linear(projector_dim, projector_dim), nn.SiLU(), nn.Linear(projector_dim, teacher_dim))])
+        self.projectors = nn.ModuleList([build_projector(hidden_size, projector_dim, teacher_dim)])
         self.final_layer = FinalLayer(hidden_size, patch_size ** 2 * (out_channels or in_channels))
         self.initialize_weights()
 
     def initialize_weights(self):
         for part in (self.x_embedder, self.t_embedder, self.blocks, self.final_layer):
             part.apply(xavier)
-        for m in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(m.weight, std=0.02)
-        for m in [*self.blocks, self.final_layer]:      # adaLN-Zero: each block starts as the identity
-            nn.init.zeros_(m.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.final_layer.linear.weight)  # and the model as v = 0
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        # adaLN-Zero: each block starts as the identity, and the model as v = 0.
+        for block in self.blocks:
+            nn.init.zeros_(block.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
         self.projectors.apply(xavier)
 
     def forward(self, x, t, y, align=False):
         """x (B, C, S, S), t (B,), y (B,) -> v (B, C, S, S).
-        With align: v, z (B, N, teacher_dim), [(q, k), ...] of attention_blocks, (B, heads, N, head_dim)."""
+
+        With align: v, z (B, N, teacher_dim), [(q, k), ...] of attention_blocks, (B, heads, N, head_dim) each.
+        """
         x = self.x_embedder(x) + self.pos_embed         # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y)     # (B, D)
-        maps = {}
-        for i, block in enumerate(self.blocks):
+        states = []
+        for block in self.blocks:
             x, qk = block(x, c)
-            if align and i in self.attention_blocks:
-                maps[i] = qk                            # views: keeping them costs nothing
-            if align and i + 1 == self.feature_block:
-                z = self.projectors[0](x)
+            if align:
+                states.append((x, qk))      # no copies: the backward pass needs these tensors, too
         v = unpatchify(self.final_layer(x, c), self.patch_size)
-        return (v, z, [maps[i] for i in self.attention_blocks]) if align else v
+        if not align:
+            return v
+        z, qk = self.aligned(states)
+        return v, z, qk
+
+    def aligned(self, states):
+        """The tokens and (q, k) after each block -> what the losses of section 4 compare with the teacher."""
+        h, _ = states[self.feature_block - 1]
+        z = self.projectors[0](h)
+        return z, [states[i][1] for i in self.attention_blocks]
+
+    def null_condition(self, y):
+        """The condition of an unconditional sample, in the shape of y: the null label (Ho and Salimans, 2021)."""
+        return torch.full_like(y, self.num_classes)
 
 
 # ---- 2. The teacher: DINOv2, frozen ------------------------------------------------------------------------
@@ -243,264 +319,455 @@ DINOV2_REPO = "facebookresearch/dinov2:b8931f7bf91576930313be2c6d6af376033b35f0"
 
 
 class Teacher(nn.Module):
-    """A frozen ViT that returns its patch tokens and the queries and keys of some blocks.
-    vit: DINOv2 from torch.hub, or a timm VisionTransformer; blocks count from 0; grid: the student's tokens
-    on a side, to which images and positions are resampled."""
+    """A frozen ViT that returns its patch tokens and the queries and keys of some blocks (y and A^T).
 
-    def __init__(self, vit, blocks, grid):
+    vit: DINOv2 of torch.hub, or a timm VisionTransformer; blocks count from 0. grid: the student's tokens on
+    a side, to which images and position embeddings are resampled. mean, std: of its images, in [0, 1].
+    """
+
+    def __init__(self, vit, blocks, grid, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
         super().__init__()
-        self.blocks, self.grid, self.dim = blocks, grid, vit.embed_dim
+        self.blocks = blocks
+        self.grid = grid
+        self.dim = vit.embed_dim
         self.size = grid * vit.patch_embed.patch_size[0]
-        vit.pos_embed.data = resample_abs_pos_embed(vit.pos_embed.data, [grid, grid])       # once for all
-        vit.patch_embed.grid_size = grid, grid      # so that timm does not do it again
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
+
+        # Positions are resampled once. Those of class and register tokens, if they have any, come first.
+        prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches
+        vit.pos_embed.data = resample_abs_pos_embed(vit.pos_embed.data, [grid, grid], num_prefix_tokens=prefix)
+        vit.patch_embed.grid_size = (grid, grid)    # so that timm does not resample them again
         self.vit = vit.eval().requires_grad_(False)
-        moments = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD])
-        self.register_buffer("moments", 255 * moments.view(2, 3, 1, 1), persistent=False)
+
+        # Hooks keep the output of qkv, so that the hub's code stays as it is.
         self.qkv = {}
         for b in blocks:
-            hook = lambda module, args, out, b=b: self.qkv.update({b: out})
-            vit.blocks.get_submodule(str(b)).attn.qkv.register_forward_hook(hook)   # -1 is an error
+            vit.blocks[b].attn.qkv.register_forward_hook(partial(self.keep, b))
+
+    def keep(self, b, module, args, output):
+        self.qkv[b] = output
 
     @torch.no_grad()
     def forward(self, images):
         """images (B, 3, H, W) uint8 -> features (B, N, dim), [(q, k), ...] as the student's."""
-        mean, std = self.moments
-        x = F.interpolate((images - mean) / std, self.size, mode="bicubic")
-        N = self.grid ** 2      # the last N tokens are patches; class and register tokens come before them
+        x = (images - self.mean) / self.std
+        x = F.interpolate(x, self.size, mode="bicubic")
         features = self.vit.forward_features(x)
-        features = features["x_norm_patchtokens"] if isinstance(features, dict) else features[:, -N:]
-        heads = self.vit.blocks[0].attn.num_heads
-        return features, [split_heads(self.qkv.pop(b)[:, -N:], heads)[:2] for b in self.blocks]
+        if isinstance(features, dict):      # of the hub's DINOv2
+            features = features["x_norm_patchtokens"]
+        # The last N tokens are the patches; class and register tokens come before them. To cut these from q
+        # and k is to cut their rows and columns from the logits, so that the maps are of the patches alone.
+        N = self.grid ** 2
+        qk = []
+        for b in self.blocks:
+            attn = self.vit.blocks[b].attn
+            q, k, _ = split_heads(self.qkv.pop(b)[:, -N:], attn.num_heads)
+            if hasattr(attn, "q_norm"):     # of timm
+                q, k = attn.q_norm(q), attn.k_norm(k)
+            qk.append((q, k))
+        return features[:, -N:], qk
 
 
 def load_teacher(name, grid, blocks):
-    """The Teacher called `name`: a DINOv2 of torch.hub, or a file with the arguments ("config") and weights
-    ("model") of a timm VisionTransformer. blocks are those of a ViT of 12 blocks; in another they keep their
-    distance from the last. Raises UserError."""
-    with explained(f"--teacher {name} could not be loaded; choose dinov2_vit[s,b,l,g]14[_reg], or a file; "
-                   f"without internet, copy {torch.hub.get_dir()} from a machine that has loaded it"):
-        if name.startswith("dinov2_"):
+    """The Teacher called `name`: a DINOv2 of torch.hub, or a file {"config", "model"} with the arguments and
+    weights of a timm VisionTransformer, and its "mean" and "std" if they are not ImageNet's.
+
+    blocks are those of a ViT of 12 blocks; in a teacher of another depth the indices are shifted to keep
+    their distance from the last block. Raises UserError.
+    """
+    normalisation = {}
+    if name.startswith("dinov2_"):
+        advice = ("choose dinov2_vit[s,b,l,g]14[_reg]; without internet, copy "
+                  f"{torch.hub.get_dir()} from a machine that has loaded it")
+        with user_error(f"--teacher {name} could not be loaded from torch.hub: {advice}"):
             vit = torch.hub.load(DINOV2_REPO, name, trust_repo=True, skip_validation=True)
-        else:
+    else:
+        advice = 'a file holds {"config": {...}, "model": weights} of a timm VisionTransformer'
+        with user_error(f"--teacher {name} is no name of a DINOv2 (dinov2_vitb14) and no such file: {advice}"):
             saved = torch.load(name, map_location="cpu", weights_only=True)
             vit = VisionTransformer(**saved["config"], dynamic_img_size=True)
             vit.load_state_dict(saved["model"])
-        blocks = [b - 12 + len(vit.blocks) for b in blocks]
-        return Teacher(vit, blocks, grid)
+            normalisation = {key: saved[key] for key in ("mean", "std") if key in saved}
+
+    depth = len(vit.blocks)
+    for b in blocks:
+        if not 0 <= b - 12 + depth < depth:
+            raise UserError(f"--teacher-blocks {b}: there is no such block among the last 12 of {name}, "
+                            f"which has {depth}; choose from {max(0, 12 - depth)} to 11")
+    for block in vit.blocks:
+        if type(block.attn).__name__ not in ("Attention", "MemEffAttention"):
+            raise UserError(f"--teacher {name} has blocks with {type(block.attn).__name__}, whose maps are not "
+                            f"softmax(q k^T): use another teacher")
+    with user_error(f"--teacher {name} cannot be used"):
+        return Teacher(vit, [b - 12 + depth for b in blocks], grid, **normalisation)
 
 
 # ---- 3. Diffusion: the flow that SiT learns, and its samplers ----------------------------------------------
 
 class Flow:
-    """The linear interpolant from data to noise, and its velocity; a namespace of functions."""
-    modes, guided_channels = ("sde", "ode", "heun"), None
+    """The linear interpolant from data to noise, and its velocity (the SiT paper, section 2)."""
+
+    modes = ("sde", "ode", "heun")
+    step_range = (1, math.inf)
 
     # x_t = (1 - t) x0 + t eps
-    def add_noise(x0, eps, t):
+    def add_noise(self, x0, eps, t):
         """x0, eps (B, C, S, S), t (B,) -> x_t, and the time that the model is given."""
         s = t.view(-1, 1, 1, 1)
         return (1 - s) * x0 + s * eps, t
 
     # L_diff = mean (v(x_t, t) - (eps - x0))^2
-    def loss(v, x0, eps, x_t, t):
+    def loss(self, v, x0, eps, x_t, t):
         return ((v - (eps - x0)) ** 2).mean()
 
-    # dx = v dt,  or with w = 2t:  dx = (v - w s / 2) dt + sqrt(w) dW,  score s = -(x + (1 - t) v) / t
-    def sample(velocity, x, steps, mode):
-        """Integrates velocity(x, t, t_guide) from x (B, C, S, S) at t = 1 to t = 0."""
-        times = [*np.linspace(1, 0.04, steps), 0] if mode == "sde" else np.linspace(1, 0, steps + 1)
-        for t, t_next in tqdm(list(pairwise(times)), desc="sampling", disable=RANK > 0, leave=False):
-            v, dt = velocity(x, t, t), t_next - t
+    # The ODE is dx = v dt. With w = 2 t and the score s = -(x + (1 - t) v) / t, the SDE is
+    # dx = (v - w s / 2) dt + sqrt(w) dW.
+    def integrate(self, velocity, x, steps, mode):
+        """Integrates velocity(x, t, t_guide) from x (B, C, S, S) at t = 1 to t = 0 (paper: SDE, 250 steps)."""
+        if mode == "sde":
+            times = torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist() + [0.0]
+        else:
+            times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
+        for i in tqdm(range(steps), desc="sampling", disable=RANK > 0, leave=False):
+            t, t_next = times[i], times[i + 1]
+            dt = t_next - t
+            v = velocity(x, t, t_guide=t)
             if mode == "sde":
-                w, score = 2 * t, -(x + (1 - t) * v) / t
+                w = 2 * t
+                score = -(x + (1 - t) * v) / t
                 x = x + (v - 0.5 * w * score) * dt
-                if t_next > 0:      # the last step takes the mean
+                if t_next > 0:      # no noise in the last step
                     x = x + math.sqrt(w * -dt) * torch.randn_like(x)
             elif mode == "heun" and t_next > 0:
-                x = x + 0.5 * (v + velocity(x + v * dt, t_next, t)) * dt
+                v_next = velocity(x + v * dt, t_next, t_guide=t)
+                x = x + 0.5 * (v + v_next) * dt
             else:
                 x = x + v * dt
         return x
 
 
+def check_sampler(model, steps, cfg_scale, guidance, mode):
+    """Raises UserError if `model` cannot be sampled in this way."""
+    diffusion = model.diffusion
+    low, high = diffusion.step_range
+    if mode not in diffusion.modes:
+        raise UserError(f"this model has no sampler {mode}: use --mode {' or '.join(diffusion.modes)}")
+    if not low <= steps <= high:
+        raise UserError(f"--num-steps {steps}: this model takes from {low} to {high} steps")
+    if not 0 <= guidance[0] <= guidance[1] <= 1:
+        raise UserError(f"guidance between {guidance[0]} and {guidance[1]}: use 0 <= --guidance-low <= "
+                        f"--guidance-high <= 1")
+    if cfg_scale != 1 and not model.can_be_guided:
+        raise UserError("a model trained without label dropout cannot be guided: use --cfg-scale 1")
+
+
 @torch.no_grad()
 def sample(model, noise, y, steps=250, cfg_scale=1.0, guidance=(0.0, 1.0), mode="sde"):
     """noise (B, C, S, S) and conditions y (B,) -> samples (B, C, S, S), in fp64.
+
     "sde" is the paper's: Euler-Maruyama with `steps` evaluations, t from 1 to 0.04, and then the mean at 0.
-    "ode" is Euler; "heun" takes 2 steps - 1 evaluations. Guidance acts where t is in [*guidance].
-    Raises UserError for a mode that the model does not have."""
-    if mode not in model.process.modes:
-        raise UserError(f"this model has no sampler {mode}: use --mode {' or '.join(model.process.modes)}")
-    c = model.process.guided_channels       # None is all
-    if cfg_scale != 1:
-        with explained("a model trained without label dropout cannot be guided: use --cfg-scale 1"):
-            null = torch.as_tensor(model.null_label, device=y.device).expand_as(y)
+    "ode" is Euler; "heun" takes 2 steps - 1 evaluations. Guidance acts if t is in the interval `guidance`.
+    Raises UserError for a sampler that the model does not have, and for samples that are not finite.
+    """
+    check_sampler(model, steps, cfg_scale, guidance, mode)
+    low, high = guidance
+    y_null = model.null_condition(y) if cfg_scale != 1 else None
+    c = model.guided_channels
 
     # v = v_null + cfg_scale (v_y - v_null)
-    def guided(x, t, t_guide):
-        x, t = x.to(noise.dtype), noise.new_full((len(x),), t)
-        if cfg_scale == 1 or not guidance[0] <= t_guide <= guidance[1]:
+    def velocity(x, t, t_guide):
+        x = x.to(noise.dtype)
+        t = noise.new_full((len(x),), t)
+        if cfg_scale == 1 or not low <= t_guide <= high:
             return model(x, t, y).double()
-        v, v_null = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).double().chunk(2)
+        both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, y_null]))
+        v, v_null = both.double().chunk(2)
         v[:, :c] = v_null[:, :c] + cfg_scale * (v[:, :c] - v_null[:, :c])
         return v
 
-    return model.process.sample(guided, noise.double(), steps, mode)
+    x = model.diffusion.integrate(velocity, noise.double(), steps, mode)
+    if not x.isfinite().all():
+        raise UserError("the samples are not finite: the weights are bad, or --precision fp16 overflowed")
+    return x
 
 
 # ---- 4. Alignment: the two losses --------------------------------------------------------------------------
 
-# L_REPA = - mean over images and tokens of cos(z, features)
+# L_REPA = - mean over images and tokens of cos(proj(h), y)
 def feature_loss(z, features):
-    """z, features (B, N, D_T) -> a scalar in [-1, 1]. In fp32: normalising in fp16 gives NaN."""
+    """z = proj(h) and the teacher's features, (B, N, D_T) each -> L_REPA, a scalar in [-1, 1].
+
+    In fp32: normalising in fp16 gives NaN.
+    """
     return -F.cosine_similarity(z.float(), features.float(), dim=-1).mean()
 
-# L_ATTA = - mean over pairs of blocks, images, heads and rows i of sum_j A^T_ij log A^S_ij
+
+# L_ATTA = - mean over pairs of blocks, images, heads and rows i of sum_j A^T_ij log A^S_ij,
+# with the attention maps A = softmax(q k^T / sqrt(head_dim))
 def attention_loss(student_qk, teacher_qk):
-    """Two lists of (q, k), (B, heads, N, head_dim) each -> a scalar, in fp32.
-    Student head i is paired with teacher head i, for the first 12 heads; the other heads are free."""
-    total = 0
-    for student, teacher in zip(student_qk, teacher_qk, strict=True):
-        heads = min(student[0].shape[1], teacher[0].shape[1], 12)
-        with torch.autocast(DEVICE.type, enabled=False):
-            total += map_cross_entropy(*(x[:, :heads].float().flatten(0, 1) for x in (*student, *teacher)))
-    return total / len(student_qk)
+    """Two lists of (q, k), one for each block, (B, heads, N, head_dim) each -> L_ATTA, a scalar, in fp32.
+
+    Student head i is paired with teacher head i for the first 12 heads; the remaining heads are not aligned.
+    """
+    def cross_entropy(q, k, q_t, k_t):
+        heads = min(q.shape[1], q_t.shape[1], 12)
+        q, k, q_t, k_t = [x[:, :heads].float() for x in (q, k, q_t, k_t)]
+        with torch.autocast(q.device.type, enabled=False):
+            logits = q @ k.mT / q.shape[-1] ** 0.5                  # (B, heads, N, N)
+            maps = (q_t @ k_t.mT / q_t.shape[-1] ** 0.5).softmax(dim=-1)
+            return F.cross_entropy(logits.flatten(0, 2), maps.flatten(0, 2))
+
+    # To checkpoint each pair of blocks keeps the maps of only one pair in memory at a time.
+    losses = [torch.utils.checkpoint.checkpoint(cross_entropy, *student, *teacher, use_reentrant=False)
+              for student, teacher in zip(student_qk, teacher_qk, strict=True)]
+    return torch.stack(losses).mean()
 
 
-# F.cross_entropy(q k^T / sqrt(d), A^T) for maps A = softmax(q k^T / sqrt(d)). Its gradient by the student's
-# logits is A^S - A^T; taking it at once, a few maps at a time, is faster and needs no N x N memory.
-def map_cross_entropy(q, k, q_t, k_t):
-    """Queries and keys (maps, N, head_dim) of student and teacher -> a scalar."""
-    q, q_t = (x * x.shape[2] ** -0.5 for x in (q, q_t))
-    dq, dk, total = torch.empty_like(q), torch.empty_like(k), 0
-    size = max(1, 2 ** 21 // q.shape[1] ** 2)
-    with torch.no_grad():
-        for start in range(0, len(q), size):
-            i = slice(start, start + size)
-            log_a = (q[i] @ k[i].mT).log_softmax(dim=-1)            # (size, N, N)
-            a_t = (q_t[i] @ k_t[i].mT).softmax(dim=-1)
-            total -= (a_t * log_a).sum()
-            d_logits = log_a.exp_().sub_(a_t)
-            dq[i], dk[i] = d_logits @ k[i], d_logits.mT @ q[i]
-    surrogate = (q * dq).sum() + (k * dk).sum()                     # has the gradients dq and dk
-    return (total + surrogate - surrogate.detach()) / q[..., 0].numel()
+# target: the teacher's (features, qk) for the same images; None in phase II.
+Batch = namedtuple("Batch", "x0 eps t y target")
 
 
-def losses(net, process, x0, eps, t, y, target, lambda_r, lambda_a):
-    """L_diff, L_REPA, L_ATTA, not weighted; a term of weight 0 is left out.
-    target: the teacher's (features, qk) for the same images; None in phase II."""
-    repa = atta = x0.new_zeros(())
-    x_t, t = process.add_noise(x0, eps, t)
+def losses(net, diffusion, x0, eps, t, y, target=None, lambda_r=0.5, lambda_a=0.5):
+    """A batch -> the terms of the objective, L_diff, L_REPA and L_ATTA, not weighted; those of weight 0 are 0."""
+    x_t, t = diffusion.add_noise(x0, eps, t)
+    repa = x0.new_zeros(())
+    atta = x0.new_zeros(())
     if target is None:
         v = net(x_t, t, y)
     else:
-        v, z, qk = net(x_t, t, y, align=True)
-        repa = feature_loss(z, target[0]) if lambda_r else repa
-        atta = attention_loss(qk, target[1]) if lambda_a else atta
-    return process.loss(v.float(), x0, eps, x_t, t), repa, atta
+        features, teacher_qk = target
+        v, z, student_qk = net(x_t, t, y, align=True)
+        if lambda_r > 0:
+            repa = feature_loss(z, features)
+        if lambda_a > 0:
+            atta = attention_loss(student_qk, teacher_qk)
+    return diffusion.loss(v.float(), x0, eps, x_t, t), repa, atta
 
 
 # ---- 5. Termination: the gradient-angle trigger of appendix A.2 --------------------------------------------
 
+# From step --tau-from on, and then every --tau-every steps, the gradients of the two parts of the objective
+# are compared on --tau-images images at these times. Alignment ends at the first measurement whose mean
+# cosine is below --tau-cosine: then the teacher begins to work against the diffusion loss.
 TRIGGER_TIMES = (0.02, 0.1, 0.5, 0.8)
 
-# alignment is dropped when cos(grad (lambda_R L_REPA + lambda_A L_ATTA), grad L_diff) is below a threshold
-def gradients(model, t, x0, eps, y, target, lambda_r, lambda_a):
-    """The two gradients at time t, for the P parameters of the feature block: (2, P)."""
+
+def trigger_is_due(step, args):
+    """True if the gradients are to be compared before this step (appendix A.2)."""
+    return args.tau == "auto" and step >= args.tau_from and (step - args.tau_from) % args.tau_every == 0
+
+
+# grad (lambda_R L_REPA + lambda_A L_ATTA) and grad L_diff
+def gradients(model, batch, lambda_r, lambda_a):
+    """The two gradients of a Batch, for the P parameters of the feature block: (2, P) (appendix A.2)."""
     parameters = list(model.blocks[model.feature_block - 1].parameters())
-    diff, repa, atta = losses(
-        model, model.process, x0, eps, x0.new_full((len(x0),), t), y, target, lambda_r, lambda_a)
-    pair = [torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
-            for loss in (lambda_r * repa + lambda_a * atta, diff)]
-    return torch.stack([nn.utils.parameters_to_vector(gradient) for gradient in pair])
+    diff, repa, atta = losses(model, model.diffusion, *batch, lambda_r, lambda_a)
+    align = lambda_r * repa + lambda_a * atta
+    # A parameter that a loss does not reach has the gradient 0.
+    of_align = torch.autograd.grad(align, parameters, retain_graph=True, materialize_grads=True)
+    of_diff = torch.autograd.grad(diff, parameters, materialize_grads=True)
+    flat = [nn.utils.parameters_to_vector(gradient) for gradient in (of_align, of_diff)]
+    return torch.stack(flat)
+
+
+def measure_cosines(model, teacher, data, args, step, size):
+    """The cosine of the two gradients at each of TRIGGER_TIMES (appendix A.2), `size` images at a time.
+
+    The paper does not say how images are averaged; here the gradients are those of the mean losses.
+    """
+    chosen = permutation(len(data), args.seed, step, 1)[:args.tau_images]
+    _, u, eps, xi = randomness(len(chosen), data.shape, args.seed, step, 1)
+    mine = range(RANK, len(chosen), WORLD_SIZE)     # this process's share of the images
+    P = sum(p.numel() for p in model.blocks[model.feature_block - 1].parameters())
+    total = torch.zeros(len(TRIGGER_TIMES), 2, P, device=DEVICE)
+    for start in range(0, len(mine), size):
+        i = list(mine[start:start + size])
+        images = to_device(default_collate([data[j] for j in chosen[i].tolist()]))
+        x0 = data.x0(images, xi[i])
+        y = data.condition(images, u[i], args.cfg_prob)
+        target = teacher(images["image"])
+        for k, t in enumerate(TRIGGER_TIMES):
+            batch = Batch(x0, eps[i], x0.new_full((len(i),), t), y, target)
+            total[k] += len(i) * gradients(model, batch, args.lambda_r, args.lambda_a)
+    if WORLD_SIZE > 1:
+        dist.all_reduce(total)
+    return F.cosine_similarity(total[:, 0], total[:, 1], dim=1).tolist()
 
 
 # ---- 6. Data: images and their latents ---------------------------------------------------------------------
 
 # A dataset has the layout of REPA's preprocessing. --prepare adds "classes", "vae", ... to the JSON.
 #   images/00000/img00000000.png              a cropped image
+#   images/dataset.json                       {"labels": [[name, label], ...]}
 #   vae-sd/00000/img-mean-std-00000000.npy    mean and std of its latent, (2C, S, S) fp32; not for pixels
-#   vae-sd/dataset.json                       {"labels": [[name, label], ...]}; for pixels it is in images/
-PNG, NPY = "images/{:05d}/img{:08d}.png", "vae-sd/{:05d}/img-mean-std-{:08d}.npy"
-VAE_ENCODER, VAE_DECODER, VAE_SCALE = "stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-ema", 0.18215
-HIDDEN = re.compile(r"\.|__MACOSX$")       # names that are no classes and no images
+#   vae-sd/dataset.json                       as that of the images, for the latents
+# dataset.json is written last, so that a folder without one is not complete.
+PNG = "images/{:05d}/img{:08d}.png"
+NPY = "vae-sd/{:05d}/img-mean-std-{:08d}.npy"
+VAE_ENCODER = "stabilityai/sd-vae-ft-mse"
+VAE_DECODER = "stabilityai/sd-vae-ft-ema"
+VAE_SCALE = 0.18215
+
+
+def is_hidden(name):
+    """True for names of files and folders that are never classes or images."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def list_images(folder):
-    """Sorted relative paths of the images below a folder, and of its other files, through links, too."""
+    """Sorted relative paths of the images below a folder, and of its other files; links are followed."""
     images, others, seen = [], [], set()
     for root, folders, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(root)) in seen:
+        real = os.path.realpath(root)
+        if real in seen:        # a link to a folder above it
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = filterfalse(HIDDEN.match, folders)
-        for name in filterfalse(HIDDEN.match, files):
-            found = images if name.lower().endswith(IMG_EXTENSIONS) else others
-            found.append(os.path.relpath(f"{root}/{name}", folder))
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        for name in files:
+            path = os.path.relpath(os.path.join(root, name), folder)
+            if is_hidden(name):
+                continue
+            if name.lower().endswith(IMG_EXTENSIONS):
+                images.append(path)
+            else:
+                others.append(path)
     return sorted(images), sorted(others)
 
-def upright(image):
-    """A PIL image in RGB, turned by its EXIF orientation."""
-    with suppress(Exception):        # damaged EXIF data raises anything, and the pixels may be fine
+
+def to_rgb(image):
+    """A PIL image -> RGB of 8 bits, turned by its EXIF orientation. Raises UserError for unknown levels."""
+    # Damaged EXIF data can raise any exception, while the pixels are intact.
+    with suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
-    if image.mode[0] == "I":        # 16 bits, which Pillow would clip at 255
-        image = image.point(lambda level: level / 256)
+    sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    if sixteen_bits:
+        levels = np.asarray(image) // 256
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise UserError(f"the levels of mode {image.mode} have no known range: convert the image to 8 bits")
     return image.convert("RGB")
 
+
 def to_tensor(image):
-    """A PIL image as uint8 (3, H, W)."""
+    """A PIL image in RGB -> uint8 (3, H, W)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
 
 def center_crop(image, size):
     """ADM's crop of a PIL image: halve with BOX while possible, then BICUBIC, then cut the centre."""
     while min(image.size) >= 2 * size:
-        image = image.resize([x // 2 for x in image.size], Image.BOX)
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
-    image = image.resize([round(scale * x) for x in image.size], Image.BICUBIC)
-    left, top = ((x - size) // 2 for x in image.size)
+    image = image.resize((round(scale * image.width), round(scale * image.height)), Image.BICUBIC)
+    left = (image.width - size) // 2
+    top = (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def read_labels(path):
+    """A dataset.json -> its names, sorted, their labels, int64, and all that it holds. Raises UserError."""
+    metadata = read_json(path)
+    with user_error(f"{path}: the labels are not a list of [name, whole number]"):
+        labels = dict(metadata["labels"])
+        if not labels:
+            raise ValueError("there are none")
+        names = sorted(labels)
+        values = np.array([labels[name] for name in names])
+        values = values.astype(np.float64)      # they may be numbers, their text, or true and false
+        wrong = np.flatnonzero((values < 0) | (values % 1 != 0))
+        if len(wrong):
+            name = names[wrong[0]]
+            raise ValueError(f"the label of {name} is {labels[name]}")
+    return np.array(names), values.astype(np.int64), metadata
 
 
 class Data(Dataset):
     """A prepared dataset: data[i] is {"index", "y", "moments" (2C, S, S), "image" (3, R, R) uint8}.
-    The image is there if with_images is set, or if the model learns pixels. Raises UserError."""
+
+    The image is there if with_images is set, or if the model learns pixels. Raises UserError.
+    """
 
     def __init__(self, folder):
-        self.images, self.latents = Path(folder, "images"), Path(folder, "vae-sd")
-        self.with_images, self.vae, self.scale, labels = False, VAE_ENCODER, VAE_SCALE, {}
-        if not (self.latents / "dataset.json").is_file():
-            self.latents = self.vae = None
-        listing = (self.latents or self.images) / "dataset.json"
-        if not listing.is_file():
+        self.images = Path(folder, "images")
+        self.latents = Path(folder, "vae-sd")
+        if not self.latents.is_dir():
+            self.latents = None     # the model learns pixels
+        root = self.latents or self.images
+        if self.latents and not (root / "dataset.json").is_file():
+            raise UserError(f"{root} has no dataset.json, so it is not complete: run --prepare again")
+        if not (root / "dataset.json").is_file():
             raise UserError(f"no dataset in {folder}: make one with --prepare IMAGES --data-dir {folder}")
-        metadata = read_json(listing)
-        for entry in metadata.get("labels") or [None]:
-            with explained(f"{listing}: the label {entry} is not [name, whole number]"):
-                name, label = entry
-                labels[name] = int(str(label).removesuffix(".0"))
-        self.names, self.labels = map(np.array, zip(*sorted(labels.items())))
-        self.classes = metadata.get("classes") or [*range(self.labels.max() + 1)]
+        self.names, self.labels, metadata = read_labels(root / "dataset.json")
+        self.image_names = self.names
+        if self.latents:
+            self.image_names = self.find_image_names()
+
+        # The labels that occur, and the names of all classes up to the largest.
+        self.trained_labels = np.unique(self.labels).tolist()
+        self.classes = metadata.get("classes") or [str(i) for i in range(self.labels.max() + 1)]
+        if self.labels.max() >= len(self.classes):
+            raise UserError(f"{root}/dataset.json has the label {self.labels.max()}, "
+                            f"but only {len(self.classes)} classes: name all of them")
         self.captions = metadata.get("captions")
+
+        # The VAE that made the latents; REPA's listings do not name it.
+        self.vae = VAE_ENCODER if self.latents else None
+        self.scale = VAE_SCALE if self.latents else 1.0
         if self.latents and "vae" in metadata:
-            self.vae, self.scale = metadata["vae"], metadata["scale"]
-        channels, *size = self[0]["moments" if self.latents else "image"].shape
+            self.vae = metadata["vae"]
+            self.scale = metadata["scale"]
+
+        # The first of all files has the shape that the others must have, too.
+        self.shapes = {}
+        self.with_images = (self.images / self.image_names[0]).is_file()
+        first = self[0]
+        self.with_images = False
+        channels, *size = first["moments" if self.latents else "image"].shape
         self.shape = (channels // 2 if self.latents else channels, *size)       # of a clean sample x0
         if self.vae == VAE_ENCODER and channels != 8:
-            raise UserError(f'{listing} does not name a VAE of {channels // 2} channels: add "vae", "scale"')
+            raise UserError(f'{root}/dataset.json does not name a VAE of {channels // 2} channels: '
+                            f'add "vae" and "scale"')
+
+    def find_image_names(self):
+        """The names of the images of which the latents were made."""
+        listing = self.images / "dataset.json"
+        if listing.is_file():
+            # Whoever encodes images may count them anew; then both are in the same order, and so are labels.
+            names, labels, _ = read_labels(listing)
+            if np.array_equal(labels, self.labels):
+                return names
+        names = np.char.replace(self.names, "img-mean-std-", "img")
+        return np.char.replace(names, ".npy", ".png")
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, i):
-        item, name = {"index": i, "y": self.labels[i]}, self.names[i]
-        with explained(f"an image or latent of {name} cannot be read"):
-            if self.latents:
-                item["moments"] = torch.from_numpy(np.load(self.latents / name)).squeeze(0)
-            if self.with_images or not self.latents:
-                name = name.replace("img-mean-std-", "img").replace(".npy", ".png")
-                item["image"] = to_tensor(Image.open(self.images / name))
+        item = {"index": i, "y": self.labels[i]}
+        if self.latents:
+            path = self.latents / self.names[i]
+            with user_error(f"{path} cannot be read"):
+                # Some tools store a batch of one.
+                moments = torch.from_numpy(np.load(path)).float().squeeze(0)
+            if not moments.isfinite().all():
+                raise UserError(f"{path} holds values that are not finite: encode it again")
+            item["moments"] = self.check_shape(path, moments)
+        if self.with_images or not self.latents:
+            path = self.images / self.image_names[i]
+            with user_error(f"{path} cannot be read"):
+                image = to_tensor(to_rgb(Image.open(path)))
+            item["image"] = self.check_shape(path, image)
         return item
+
+    def check_shape(self, path, x):
+        """x, if it has the shape of the first file of its kind. Raises UserError."""
+        expected = self.shapes.setdefault(path.suffix, x.shape)
+        if x.shape != expected:
+            raise UserError(f"{path} has the shape {list(x.shape)}, and the others {list(expected)}: "
+                            f"prepare it again")
+        return x
 
     def x0(self, batch, xi):
         """Clean samples (B, C, S, S): pixels in [-1, 1], or scale (mean + std xi) of the latents."""
@@ -509,34 +776,62 @@ class Data(Dataset):
         mean, std = batch["moments"].chunk(2, dim=1)
         return self.scale * (mean + std * xi)
 
-    def condition(self, batch, u, drop):
-        """y of a batch; the null label, for guidance, where u (B,), uniform in [0, 1), is below `drop`."""
+    def condition(self, batch, u, cfg_prob):
+        """y of a batch; where u (B,) is below cfg_prob it is dropped: replaced by the null label."""
         if self.captions:
-            return encode_captions(choose_captions(self, batch["index"], u, drop))
-        return torch.where(u < drop, len(self.classes), batch["y"])
+            texts = choose_captions(self, batch["index"], u, cfg_prob)
+            return encode_captions(texts)
+        null_label = len(self.classes)
+        return torch.where(u < cfg_prob, null_label, batch["y"])
 
 
 def to_device(batch):
     return {key: x.to(DEVICE, non_blocking=True) for key, x in batch.items()}
 
-# What is random is a function of (seed, step, place in the global batch). A resumed run, or one on another
+
+# All randomness is a function of (seed, step, position in the global batch). A resumed run, or one on another
 # number of processes, sees the same images in the same order, with the same times and noise.
 
 @lru_cache(maxsize=2)
 def permutation(n, *key):
     return np.random.default_rng(key).permutation(n)
 
+
 def batch_indices(n, seed, batch_size, rows, steps):
     """For each step, the indices of these rows of the global batch, from one permutation after another."""
     for step in steps:
-        positions = range(step * batch_size + rows.start, step * batch_size + rows.stop)
+        first = step * batch_size
+        positions = range(first + rows.start, first + rows.stop)
         yield [permutation(n, seed, p // n)[p % n] for p in positions]
 
-def draw(n, shape, *key):
-    """For a global batch of n: t and u (n,), uniform in [0, 1), and eps and xi (n, *shape), normal."""
-    g = torch.Generator(DEVICE).manual_seed(int(np.random.default_rng(key).integers(2 ** 63)))
-    uniform = torch.rand(2, n, generator=g, device=DEVICE)
-    return *uniform, *torch.randn(2, n, *shape, generator=g, device=DEVICE)
+
+def randomness(n, shape, *key):
+    """For a global batch of n: t and u (n,), uniform in [0, 1), and eps and xi (n, *shape), from N(0, 1)."""
+    seed = int(np.random.default_rng(key).integers(2 ** 63))
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    t, u = torch.rand(2, n, generator=generator, device=DEVICE)
+    eps, xi = torch.randn(2, n, *shape, generator=generator, device=DEVICE)
+    return t, u, eps, xi
+
+
+def load_batches(loader):
+    """The batches of a DataLoader. Raises UserError with what went wrong in a loader process."""
+    batches = iter(loader)
+    try:
+        yield from batches
+    except UserError as e:      # of a loader process, which puts its traceback before it
+        raise UserError(str(e).split("UserError: ")[-1].strip()) from e
+    except Exception as e:
+        advice = ""
+        if "shared memory" in str(e):
+            advice = "; in a container use --shm-size 8g, or --num-workers 0"
+        raise UserError(f"the data cannot be loaded{advice} ({reason(e)})") from e
+    finally:
+        if loader.num_workers > 0:
+            batches._shutdown_workers()
+            for worker in batches._workers:     # one that still waits for a file
+                worker.kill()
+
 
 def write_crops(source, names, out, size, indices):
     """Writes PNGs of these images; returns {index: uint8 (3, R, R)} of those that can be read."""
@@ -544,149 +839,225 @@ def write_crops(source, names, out, size, indices):
     for i in indices:
         try:
             with Image.open(source / names[i]) as image:
-                crop = center_crop(upright(image), size)
-        except Exception as e:      # a damaged file can make Pillow raise anything
-            print(f"left out: {names[i]} ({type(e).__name__}: {e})", file=sys.stderr)
+                crop = center_crop(to_rgb(image), size)
+        except Exception as e:      # a damaged file can make Pillow raise any exception
+            print(f"skipping {source / names[i]} ({reason(e)})", file=sys.stderr)
             continue
-        with replacing(out / PNG.format(i // 1000, i)) as f:
+        with atomic_write(out / PNG.format(i // 1000, i)) as f:
             crop.save(f, "PNG", compress_level=1)
         crops[i] = to_tensor(crop)
     return crops
 
+
+def list_classes(source, names, others, captions):
+    """The names of the top folders of these images, sorted, and the label of each image. Raises UserError."""
+    top_folders = [name.split("/")[0] if "/" in name else "" for name in names]
+    classes, labels = np.unique(top_folders, return_inverse=True)
+    folders = {path.name for path in source.glob("*/") if path.is_dir() and not is_hidden(path.name)}
+    empty = sorted(folders - set(classes))
+    advice = f"--prepare {source} must name a folder with one folder of images for each class"
+    if not names:
+        raise UserError(f"{advice}: it has no images, and {len(others)} other files")
+    if captions:        # COCO's images are in one folder
+        return classes.tolist(), labels
+    if "" in classes:
+        raise UserError(f"{advice}: {top_folders.count('')} images are in none; "
+                        f"to train without classes, put all into one folder")
+    if empty:
+        raise UserError(f"{advice}: no images are in {', '.join(empty)}")
+    if {"train", "val"} <= set(classes):
+        raise UserError(f"{advice}: to use the training images, name {source / 'train'}")
+    return classes.tolist(), labels
+
+
+def begin_prepare(out, settings):
+    """Marks a new folder as one of --prepare with these settings, or checks the mark. Raises UserError."""
+    marker = out / ".prepare.json"
+    if RANK == 0 and not any(out.glob("*")):
+        with atomic_write(marker) as f:
+            f.write(json.dumps(settings).encode())
+    barrier()
+    if not marker.is_file():
+        raise UserError(f"--data-dir {out} holds files that --prepare did not write: name a new folder")
+    if read_json(marker) != settings:
+        raise UserError(f"--data-dir {out} was started with other images or settings: name a new folder")
+
+
 @torch.no_grad()
 def prepare(args):
     """--prepare: turns a tree of class folders, or COCO's images and captions, into a dataset at --data-dir.
-    Each file gets its name when it is complete, dataset.json comes last, and the same command resumes."""
+
+    Each file gets its name when it is complete, dataset.json comes last, and the same command resumes.
+    """
     join_processes(args)
     source, out = Path(args.prepare), Path(args.data_dir)
     names, others = list_images(source)
-    captions = read_coco(args.captions[0], names) if args.captions else None
-    tops = [name.split("/")[0] if "/" in name else "" for name in names]
-    classes, labels = np.unique(tops, return_inverse=True)
-    empty = {path.name for path in source.glob("*/") if not HIDDEN.match(path.name)} - {*classes}
-    if not names or empty or "" in classes and not captions or {"train", "val"} <= {*classes}:
-        raise UserError(f"{source} must hold a folder of images for each class (put a flat folder into one); "
-                        f"of its {len(names)} images {tops.count('')} are in none; "
-                        f"classes {', '.join(classes[:3])}; empty: {', '.join(empty)}")
-    vae = load_vae(args.vae or VAE_ENCODER) if args.vae != "none" else None
-    folder, template = ("vae-sd", NPY) if vae else ("images", PNG)      # what is written last for an image
-    paths = [out / template.format(i // 1000, i) for i in range(len(names))]
-    begun = out / f".prepare-{zlib.crc32(repr((names, args.vae, args.resolution)).encode())}"
-    if RANK == 0 and not any(out.glob("*")):
-        with replacing(begun):
-            pass
-    barrier()
-    if not begun.is_file():
-        raise UserError(f"--data-dir {out} holds other files, or was begun differently: name a new folder")
+    skipped = ""
+    captions = None
+    if args.captions:
+        captions = read_coco(args.captions[0], names)
+        with_captions = [name for name in names if name in captions]
+        skipped = f"{len(names) - len(with_captions)} without captions, "
+        names = with_captions
+    classes, labels = list_classes(source, names, others, captions)
+    vae = None
+    if args.vae != "none":
+        vae = load_vae(args.vae or VAE_ENCODER)
+        if args.resolution % 8:
+            raise UserError(f"--resolution {args.resolution} must be a multiple of 8, as the VAE's latents are")
+    digest = hashlib.sha1("\n".join(names).encode()).hexdigest()
+    begin_prepare(out, {"names": digest, "vae": args.vae, "resolution": args.resolution})
 
+    # --- images, and their latents: what is missing of them
+    template = NPY if vae else PNG      # of what is written last for an image
+    paths = [out / template.format(i // 1000, i) for i in range(len(names))]
     missing = [i for i, path in enumerate(paths) if not path.is_file()]
     barrier()       # all processes have looked before one writes
-    loader = DataLoader(missing[RANK::WORLD], batch_size=32, num_workers=args.num_workers,
+    loader = DataLoader(missing[RANK::WORLD_SIZE], batch_size=32, num_workers=args.num_workers,
                         collate_fn=partial(write_crops, source, names, out, args.resolution))
-    for crops in tqdm(loader, disable=RANK > 0):
-        if vae and crops:
-            latent = vae.encode(torch.stack([*crops.values()]).to(DEVICE) / 127.5 - 1).latent_dist
-            for i, moments in zip(crops, torch.cat([latent.mean, latent.std], dim=1).cpu().numpy()):
-                with replacing(paths[i]) as f:
-                    np.save(f, moments)
+    with tqdm(load_batches(loader), total=len(loader), disable=RANK > 0) as bar:
+        for crops in bar:
+            if vae and crops:
+                pixels = torch.stack(list(crops.values())).to(DEVICE) / 127.5 - 1
+                latent = vae.encode(pixels).latent_dist
+                moments = torch.cat([latent.mean, latent.std], dim=1)
+                if not moments.isfinite().all():
+                    raise UserError(f"the latents of {names[min(crops)]} or its neighbours are not finite: "
+                                    f"use another --vae")
+                for i, x in zip(crops, moments.cpu().numpy()):
+                    with atomic_write(paths[i]) as f:
+                        np.save(f, x)
     barrier()
+
+    # --- dataset.json, of the images and then of the latents
     if RANK == 0:
-        home = out / folder
-        done = {path.relative_to(home).as_posix(): i for i, path in enumerate(paths) if path.is_file()}
-        metadata = {
-            "labels": [[name, int(labels[i])] for name, i in done.items()], "classes": classes.tolist(),
-            "captions": captions and {name: captions[i] for name, i in done.items()},
-            "vae": args.vae or VAE_ENCODER, "scale": vae.config.scaling_factor if vae else 1.0}
-        with replacing(home / "dataset.json") as f:
-            f.write(json.dumps(metadata).encode())
-        print(f"{out}: {len(done):,} images; left out: {len(names) - len(done)} damaged, {len(others)} other "
-              f"files {others[:3]}; classes from 0: {', '.join(classes[:12])}")
+        done = [i for i, path in enumerate(paths) if path.is_file()]
+        metadata = {"classes": classes, "vae": args.vae or VAE_ENCODER,
+                    "scale": vae.config.scaling_factor if vae else 1.0}
+        for template in (PNG, NPY) if vae else (PNG,):
+            folder, _, pattern = template.partition("/")
+            stored = {i: pattern.format(i // 1000, i) for i in done}
+            metadata["labels"] = [[stored[i], int(labels[i])] for i in done]
+            if captions:
+                metadata["captions"] = {stored[i]: captions[names[i]] for i in done}
+            with atomic_write(out / folder / "dataset.json") as f:
+                f.write(json.dumps(metadata).encode())
+        print0(f"{out}: {len(done):,} images; skipped: {skipped}{len(names) - len(done)} unreadable, "
+               f"{len(others)} other files {others[:3]}; classes from 0: {', '.join(classes[:12])}")
 
 
 # ---- 7. Processes, models, files ---------------------------------------------------------------------------
 
+def print0(*text):
+    """Prints on the first process only."""
+    if RANK == 0:
+        print(*text, flush=True)
+
+
 def join_processes(args):
-    """Joins torchrun's processes, of which only the first prints, and chooses precisions."""
+    """Joins torchrun's processes, and chooses the precisions that were not asked for. Raises UserError."""
     cuda = DEVICE.type == "cuda"
     if cuda:
         torch.cuda.set_device(DEVICE)
-    if "RANK" in os.environ and not dist.is_initialized():
-        with explained("start several processes with torchrun"):
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        with user_error("the processes cannot find each other: start them with torchrun"):
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
-    # where bf16 is emulated it is slower than fp32; the frozen teacher needs no more
-    bf16 = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu._is_avx512_bf16_supported()
-    args.precision = args.precision or ("fp32" if not cuda else "bf16" if bf16 else "fp16")
-    args.teacher_precision = "bf16" if bf16 and args.precision == "fp32" else args.precision
     torch.set_float32_matmul_precision("high")      # TF32 for what is multiplied in fp32
 
+    # Where bf16 is emulated it is slower than fp32.
+    if cuda:
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = torch.cpu._is_avx512_bf16_supported()
+    args.teacher_precision = args.precision
+    if args.precision is None:
+        fast = "bf16" if has_bf16 else "fp16" if cuda else "fp32"
+        args.teacher_precision = fast           # the frozen teacher needs no more, on a CPU neither
+        args.precision = fast if cuda else "fp32"
+
+
 def autocast(precision):
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    """The context in which modules compute in "bf16" or "fp16"; in "fp32" it changes nothing."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
     return torch.autocast(DEVICE.type, dtype, enabled=dtype is not None)
 
-def any_process(flag=False):
-    """True if `flag` is set on any process. The hosts wait for each other here, but not for their GPUs."""
+
+def any_process(flag):
+    """True if `flag` is set on any process. Synchronises the processes, not the GPUs."""
+    if WORLD_SIZE == 1:
+        return bool(flag)
     flags = torch.tensor(int(flag))
-    if dist.is_initialized():
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
     return bool(flags)
 
-barrier = any_process       # without a flag
+
+def barrier():
+    """Returns when all processes have come here."""
+    any_process(False)
+
 
 @contextmanager
-def one_after_another():
+def first_process_first():
     """Rank 0 enters first, then the first process of each node, then the others: downloads happen once."""
-    for turn in range(3):
-        if turn == (RANK > 0) + (LOCAL_RANK > 0):
-            yield
+    turn = 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
+    for _ in range(turn):
+        barrier()
+    yield
+    for _ in range(2 - turn):
         barrier()
 
 
-STOP_SIGNALS = [n for n in signal.Signals if n.name in "SIGTERM SIGINT SIGHUP SIGUSR1".split()]
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+                if hasattr(signal, name)]
 
 
 class StopSignals:
-    """A stop signal sets `caught` while busy, and acts at once at other times, as a second Ctrl-C does."""
-    caught, busy = 0, True
+    """Inside `with StopSignals() as stop`, a stop signal sets stop.caught, and ends a wait for data.
+
+    A second Ctrl-C ends the program at once.
+    """
 
     def __init__(self):
-        for n in STOP_SIGNALS:
-            if signal.getsignal(n) != signal.SIG_IGN:       # nohup ignores SIGHUP
-                signal.signal(n, self.note)
+        self.caught = False
+        self.waiting = False
 
-    def note(self, number, frame):
-        before, self.caught = self.caught, number
-        if not self.busy or number == signal.SIGINT == before:
+    def __enter__(self):
+        self.before = {}
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores SIGHUP
+                self.before[number] = signal.signal(number, self.handle)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, frame):
+        second = self.caught and number == signal.SIGINT
+        self.caught = True
+        if self.waiting or second:
             raise KeyboardInterrupt
+
+    def wait_for(self, batches):
+        """The next batch, or None if a stop signal came."""
+        try:
+            self.waiting = True
+            return None if self.caught else next(batches)
+        except KeyboardInterrupt:
+            return None
+        finally:
+            self.waiting = False
 
 
 def ignore_stop_signals(worker):
-    for n in STOP_SIGNALS:      # loader processes live as long as their trainer needs them
-        signal.signal(n, signal.SIG_IGN)
+    """Makes a loader process ignore stop signals; the main process ends it."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
-def load_batches(loader, stop):
-    """The loader's batches, until a signal interrupts the wait for one. Raises UserError."""
-    batches = iter(loader)
-    try:
-        while True:
-            stop.busy = WORLD > 1       # several processes agree before they stop
-            with explained("loading failed; shared memory may be short: --shm-size 8g, or --num-workers 0"):
-                batch = next(batches, None)
-            stop.busy = True
-            if batch is None:
-                return
-            yield to_device(batch)
-    except KeyboardInterrupt:
-        return
-    finally:
-        stop.busy = True
-        if loader.num_workers:
-            batches._shutdown_workers()         # they ignore SIGTERM
 
 @contextmanager
-def replacing(path):
-    """Opens a temporary file that gets the name `path` when it is complete and on disk."""
+def atomic_write(path):
+    """Opens a temporary file that is renamed to `path` after fsync."""
     part = Path(f"{path}.part")
     os.makedirs(part.parent, exist_ok=True)
     try:
@@ -698,182 +1069,387 @@ def replacing(path):
     finally:
         part.unlink(missing_ok=True)
 
+
+def lock_folder(folder):
+    """Keeps other runs out of a folder for as long as the file that it returns is open. Raises UserError."""
+    file = open(folder / ".lock", "w")
+    with suppress(ImportError):     # Windows has no fcntl
+        import fcntl
+        try:
+            # The system drops the lock with the process, however it ends; loader processes do not inherit it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"another run is writing to {folder}: wait for its end, or use another --exp-name")
+        except OSError as e:
+            print0(f"note: {folder} cannot be locked against a second run ({reason(e)})")
+    return file
+
+
 def read_json(path):
-    with explained(f"{path} cannot be read"):
+    with user_error(f"{path} cannot be read"):
         return dict(json.loads(Path(path).read_text("utf-8-sig")))
+
 
 def parse_name(name):
     """(class, Config, patch size) of a model's name. Raises UserError."""
-    with explained(f"unknown model {name}: choose SiT- or DiT-{{XS,S,B,L,XL}}/{{2,4,8}}, or MMDiT"):
-        kind, _, rest = name.partition("-")
-        size, _, patch = rest.partition("/")
-        return {"SiT": SiT, "DiT": DiT, "MMDiT": MMDiT}[kind], CONFIGS[size or kind], int(patch or 2)
+    if name == "MMDiT":
+        return MMDiT, CONFIGS[name], 2
+    match = re.fullmatch("(SiT|DiT)-(XS|S|B|L|XL)/([248])", str(name))
+    if not match:
+        raise UserError(f"unknown model {name}: choose SiT- or DiT-{{XS,S,B,L,XL}}/{{2,4,8}}, or MMDiT")
+    family, size, patch = match.groups()
+    return {"SiT": SiT, "DiT": DiT}[family], CONFIGS[size], int(patch)
+
 
 def build_model(name, **sizes):
-    """The model of that name; sizes are arguments of its class, and go before those of CONFIGS."""
-    kind, config, patch = parse_name(name)
-    return kind(**dict(zip(Config._fields[:6], config)) | {"patch_size": patch} | sizes)
+    """The model of that name; sizes are arguments of its class, and override those of CONFIGS."""
+    model_class, config, patch = parse_name(name)
+    arguments = config._asdict()
+    del arguments["teacher_blocks"], arguments["tau"]       # these are the teacher's and the run's
+    arguments |= {"patch_size": patch}
+    return model_class(**arguments | sizes)
 
-# Harmless types in the args of other people's checkpoints.
-SAFE_TYPES = [argparse.Namespace, PosixPath, np.dtype, np.float64(0).__reduce__()[0]]
-SAFE_TYPES += [type(np.dtype(kind)) for kind in "?bhilqBefd"]
 
-def read_checkpoint(path, name):
-    """A checkpoint of ours, of HASTE, REPA, SiT or DiT, or a bare state dict, with at least "model", "ema",
-    "args" and "steps". Its args go before `name` in saying which model it is. Raises UserError."""
+# Harmless types in the args of other people's checkpoints, under the names that versions of Python and numpy
+# give them. numpy's scalars come as a function and a type for each kind of number.
+NUMPY_SCALAR = np.float64(0).__reduce__()[0]
+SAFE_TYPES = [
+    argparse.Namespace,
+    (PurePosixPath, "pathlib.PosixPath"),
+    (PurePosixPath, "pathlib._local.PosixPath"),
+    (PureWindowsPath, "pathlib.WindowsPath"),
+    (PureWindowsPath, "pathlib._local.WindowsPath"),
+    (NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    (NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+]
+for number in ("bool", "int8", "uint8", "int16", "int32", "int64", "float16", "float32", "float64"):
+    SAFE_TYPES.append(type(np.dtype(number)))
+
+
+def clean_weights(state):
+    """A state dict without the prefixes of DDP and torch.compile, and without counters."""
+    return {re.sub(r"^(module\.|_orig_mod\.)+|_orig_mod\.", "", key): x for key, x in state.items()
+            if isinstance(x, torch.Tensor) and x.ndim > 0}
+
+
+def read_checkpoint(path, name=None):
+    """A checkpoint of ours, of HASTE, REPA, SiT or DiT, or a bare state dict: a dictionary with "model", "ema",
+    "args", "steps" (None if unknown), "opt", "scaler" and "tau". Nothing is unpickled that could run code.
+
+    `name` is used if the checkpoint does not name its model. Raises UserError.
+    """
     path = Path(path)
-    with explained(f"{path} cannot be read as a checkpoint"), torch.serialization.safe_globals(SAFE_TYPES):
+    with user_error(f"{path} cannot be read as a checkpoint"), torch.serialization.safe_globals(SAFE_TYPES):
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         args = saved.get("args") or {}
-        args = {"model": name} | (args if isinstance(args, dict) else vars(args))
-        process = {str(args.get(key)).lower() for key in ("path_type", "prediction")}
-        if not process <= {"none", "linear", "v", "velocity"}:
-            raise ValueError(f"it is of another process than linear paths and velocities: {process}")
-        model = saved.get("model") or saved.get("ema") or saved
-        for key, state in (("ema", saved.get("ema") or model), ("model", model)):
-            # without the prefixes of DDP and torch.compile, and without counters
-            saved = saved | {key: {re.sub(r"^module\.|_orig_mod\.", "", name): x for name, x in state.items()
-                                   if isinstance(x, torch.Tensor) and x.ndim}}
-            if parse_name(args["model"])[0] is SiT:
-                convert_sit(saved[key])
-    steps = saved.get("steps", int(path.stem) if path.stem.isdecimal() else 0)
-    return saved | {"args": args, "steps": steps}
+        args = dict(args if isinstance(args, dict) else vars(args))
+        model = saved.get("model") or saved.get("ema") or saved.get("state_dict") or saved
+        ema = saved.get("ema") or model
+        result = {"model": clean_weights(model), "ema": clean_weights(ema)}
+
+    if not args.get("model"):
+        if not name:
+            raise UserError(f"{path} does not name its model: use --model, such as --model SiT-XL/2")
+        args["model"] = name
+        print0(f"{path} does not name its model: it is read as a {name}")
+    model_class, _, _ = parse_name(args["model"])
+    for key in ("path_type", "prediction"):
+        if str(args.get(key, "linear")).lower() not in ("linear", "v", "velocity"):
+            raise UserError(f"{path} learned another diffusion than linear paths and velocities: "
+                            f"its {key} is {args[key]}")
+    with user_error(f"{path} holds no weights of a {args['model']}; name the right --model"):
+        for state in (result["model"], result["ema"]):
+            if model_class is SiT and is_of_sit(state, args):
+                convert_sit(state)
+                args["guided_channels"] = 3     # as in SiT's code
+            if model_class is not MMDiT and lacks_null_label(state, args):
+                args["cfg_prob"] = 0            # so that it is not guided
+    steps = saved.get("steps", int(path.stem) if path.stem.isdecimal() else None)
+    result |= {"args": args, "steps": steps}
+    return result | {key: saved.get(key) for key in ("opt", "scaler", "tau")}
+
+
+def is_of_sit(state, args):
+    """True for weights of SiT's own convention, by their output channels or by the words of SiT's args."""
+    patches = state["x_embedder.proj.weight"][0]        # (C, patch, patch)
+    outputs = len(state["final_layer.linear.bias"])
+    words = (args.get("path_type"), args.get("prediction"))
+    return outputs == 2 * patches.numel() or words == ("Linear", "velocity")
+
 
 def convert_sit(state):
     """Converts weights of SiT's own convention, in place and exactly.
-    SiT has 2C output channels, of which it uses the first C, and its time runs from noise (0) to data (1), so
-    that our v(x, t) is -SiT(x, 1 - t). As cos((1 - t) w) = cos w cos(t w) + sin w sin(t w), and likewise the
-    sine, the other time is a rotation of the timestep embedding's first layer."""
-    patches, last = state["x_embedder.proj.weight"], state["final_layer.linear.bias"]
-    if len(last) != 2 * patches[0].numel():
-        return
+
+    SiT has C or 2C output channels, of which it uses the first C, and its time runs from noise (0) to data (1),
+    so that our v(x, t) is -SiT(x, 1 - t). As cos((1 - t) w) = cos w cos(t w) + sin w sin(t w), and likewise the
+    sine, the other time is a rotation of the timestep embedding's first layer.
+    """
+    channels, patch, _ = state["x_embedder.proj.weight"][0].shape
     for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        state[key] = -state[key].unflatten(0, (-1, 2, patches.shape[1]))[:, 0].flatten(0, 1)
+        outputs = state[key].unflatten(0, (patch ** 2, -1))     # (patch^2, C or 2C, ...)
+        state[key] = -outputs[:, :channels].flatten(0, 1)
     w = frequencies().double()
-    A, B = state["t_embedder.mlp.0.weight"].double().chunk(2, 1)        # of the cosines, of the sines
-    turned = A * w.cos() + B * w.sin(), A * w.sin() - B * w.cos()
-    state["t_embedder.mlp.0.weight"] = torch.cat(turned, dim=1)
+    of_cos, of_sin = state["t_embedder.mlp.0.weight"].double().chunk(2, dim=1)
+    rotated = [of_cos * w.cos() + of_sin * w.sin(), of_cos * w.sin() - of_sin * w.cos()]
+    state["t_embedder.mlp.0.weight"] = torch.cat(rotated, dim=1)
+
+
+def lacks_null_label(state, args):
+    """True if the table of labels was trained without dropout; then a null label of zeros is added to it."""
+    key = "y_embedder.embedding_table.weight"
+    classes = args.get("classes") or range(args.get("num_classes", 1000))
+    if len(state[key]) != len(classes):
+        return False
+    state[key] = F.pad(state[key], (0, 0, 0, 1))
+    return True
+
 
 def load_state(model, state, path):
     """Loads weights; a missing projector stays as it is. Raises UserError with the first key that differs."""
+    for key, x in state.items():
+        if not x.isfinite().all():
+            raise UserError(f"{path}: the weight {key} is not finite")
     projector = {key: x for key, x in model.state_dict().items() if key.startswith("projectors.")}
-    with explained(f"{path} belongs to another model: name the right --model, or another --exp-name"):
+    with user_error(f"{path} belongs to another model: name the right --model, or another --exp-name"):
         model.load_state_dict(projector | state)
 
-def load_ema(path, name):
+
+def load_ema(path, name=None):
     """(EMA model in eval mode, the run's args) of a checkpoint, for sampling. Raises UserError.
-    Width, depth and heads are those of the model's name; other sizes are those of the weights."""
+
+    Width, depth and heads are those of the model's name; other sizes are those of the weights.
+    """
     saved = read_checkpoint(path, name)
     args, state = saved["args"], saved["ema"]
-    with explained(f"{path} holds no weights of a {args['model']}; name the right --model"):
+    sizes = {}
+    with user_error(f"{path} holds no weights of a {args['model']}; name the right --model"):
         _, channels, patch, _ = state["x_embedder.proj.weight"].shape
         side = math.isqrt(state["pos_embed"].shape[1]) * patch
-        num_classes = len(state.get("y_embedder.embedding_table.weight", range(1001))) - 1
-    model = build_model(
-        args["model"], input_size=side, in_channels=channels, num_classes=num_classes,
-        teacher_dim=len(state.get("projectors.0.4.bias", range(768))))
+        if "y_embedder.embedding_table.weight" in state:
+            sizes["num_classes"] = len(state["y_embedder.embedding_table.weight"]) - 1
+        if "projectors.0.4.bias" in state:
+            sizes["teacher_dim"] = len(state["projectors.0.4.bias"])
+    model = build_model(args["model"], input_size=side, in_channels=channels, **sizes)
     load_state(model, state, path)
-    if not args.get("cfg_prob", True):
-        model.null_label = None
+    model.can_be_guided = args.get("cfg_prob") != 0
+    model.guided_channels = args.get("guided_channels", model.guided_channels)
     if "scale" not in args:     # not ours: latents of Stable Diffusion's VAE, or pixels
         args |= {"vae": VAE_ENCODER if channels != 3 else None, "scale": VAE_SCALE}
+    warn_of_young_ema(args.get("ema_decay", 0), saved["steps"])
     return model.to(DEVICE).eval(), args
 
+
+def warn_of_young_ema(decay, steps):
+    """Says so if the EMA, of which samples are drawn, still holds much of the initial weights."""
+    share = decay ** steps if steps is not None else 0
+    if share > 0.1:
+        print0(f"note: after {steps} steps {share:.0%} of the EMA are still the weights from before training, so "
+               f"samples may be noise: train longer, or with a lower --ema-decay than {decay}")
+
+
 def newest_checkpoint(folder):
-    """The path of the newest whole checkpoint, None if there is none. Raises UserError if all are damaged."""
-    for part in folder.glob("*.part"):      # of a save that was killed
-        part.unlink(missing_ok=True)
-    paths = sorted(folder.glob("[0-9]*.pt"))
-    for path in reversed(paths):
-        with suppress(Exception):        # damage can make zipfile raise anything
-            if path.open("rb").read(2) == b"\x80\x02" or zipfile.ZipFile(path).testzip() is None:
-                return path         # torch's old format has no checksums
-        print(f"warning: {path} is damaged and passed over")
+    """The path of the newest intact checkpoint, None if there is none. Raises UserError if all are damaged.
+
+    Checkpoints are the files with a step as their name, such as 0050000.pt; other files are left alone.
+    """
+    for part in folder.glob("*.pt.part"):       # of a save that was killed
+        if part.name.removesuffix(".pt.part").isdecimal():
+            part.unlink(missing_ok=True)
+    paths = [path for path in folder.glob("*.pt") if path.stem.isdecimal()]
+    for path in sorted(paths, key=lambda path: int(path.stem), reverse=True):
+        # Damage can make zipfile raise any exception. torch's old format is no zip, and has no checksums.
+        with suppress(Exception):
+            with open(path, "rb") as f:
+                old_format = f.read(2) == b"\x80\x02"
+            if old_format or zipfile.ZipFile(path).testzip() is None:
+                return path
+        print0(f"warning: skipping damaged checkpoint {path}")
     if paths:
-        raise UserError(f"{folder} holds no whole checkpoint: to start again, move it away")
+        raise UserError(f"all checkpoints in {folder} are damaged: move the folder away to start over")
+
 
 @cache
 def load_vae(name):
-    """diffusers' AutoencoderKL, frozen. Raises UserError where diffusers or weights are missing."""
-    with explained(f"--vae {name} could not be loaded; it is a name or a folder, pip install diffusers; none "
-                   f"is only for --prepare"):
+    """diffusers' AutoencoderKL, frozen. Raises UserError if diffusers or weights are missing."""
+    with user_error(f"--vae {name} could not be loaded; it is a name or a folder, and needs pip install "
+                    f"diffusers; none is only for --prepare"):
         from diffusers import AutoencoderKL
         config = AutoencoderKL.load_config(name)
-        kind, shifts = config["_class_name"], config.get("shift_factor") or config.get("latents_mean")
-        if kind != "AutoencoderKL" or shifts:
-            raise ValueError(f"only an AutoencoderKL without shifts will do, not a {kind}")
+        if config["_class_name"] != "AutoencoderKL":
+            raise ValueError(f"only an AutoencoderKL can be used, not a {config['_class_name']}")
+        if config.get("shift_factor") or config.get("latents_mean"):
+            raise ValueError("only an AutoencoderKL without shifts can be used")
         vae, info = AutoencoderKL.from_pretrained(name, output_loading_info=True, low_cpu_mem_usage=False)
         if info["missing_keys"]:
-            raise ValueError(f"it lacks the weight {min(info['missing_keys'])}")
+            raise ValueError(f"the weight {min(info['missing_keys'])} is missing")
     return vae.to(DEVICE).eval().requires_grad_(False)
 
-def load_decoder(encoder, given, model):
+
+def load_decoder(encoder, asked_for, model):
     """The VAE that decodes what `encoder` encoded, None for pixels. Raises UserError."""
-    vae = encoder and load_vae(given or (VAE_DECODER if encoder == VAE_ENCODER else encoder))
-    if vae and vae.config.latent_channels != model.in_channels:
+    if not encoder:
+        return None
+    decoder = VAE_DECODER if encoder == VAE_ENCODER else encoder
+    vae = load_vae(asked_for or decoder)
+    if vae.config.latent_channels != model.in_channels:
         raise UserError(f"the VAE has {vae.config.latent_channels} channels, the model {model.in_channels}")
     return vae
 
+
 def to_images(x0, vae, scale):
-    """x0 (B, C, S, S) -> uint8 (B, 3, R, R): 255 (x + 1) / 2, clamped and truncated, the paper's protocol."""
+    """x0 (B, C, S, S) -> uint8 (B, 3, R, R): 255 (x + 1) / 2, clamped and truncated, the paper's protocol.
+
+    Raises UserError for values that are not finite.
+    """
     x = x0.float()
-    x = torch.cat([vae.decode(part).sample for part in (x / scale).split(16)]) if vae else x
+    if vae:
+        x = torch.cat([vae.decode(part).sample for part in (x / scale).split(16)])
+    if not x.isfinite().all():
+        raise UserError("the decoded images are not finite: use another --vae")
     return (255 * (x + 1) / 2).clamp(0, 255).to(torch.uint8)
 
 
 # ---- 8. Training -------------------------------------------------------------------------------------------
 
-MAX_SKIPPED = 50        # steps in a row that are not finite end the run
+MAX_SKIPPED = 50        # so many steps in a row that are not finite end the run
+
 
 def resolve(args, data):
-    """Fills in what the model's row of CONFIGS and the dataset decide. Raises UserError for misfits."""
-    kind, config, patch = parse_name(args.model)
+    """Fills in what the model's row of CONFIGS and the dataset decide. Raises UserError for what does not fit."""
+    args.model = args.model or DEFAULT_MODEL
+    args.exp_name = args.exp_name or args.model.replace("/", "-")
+    model_class, config, patch = parse_name(args.model)
     args.attention_blocks = args.attention_blocks or config.attention_blocks
     args.teacher_blocks = args.teacher_blocks or config.teacher_blocks
     args.encoder_depth = args.encoder_depth or config.feature_block
     args.grid = data.shape[1] // patch
-    if not args.cfg_prob:
+    if args.cfg_prob == 0:
         args.cfg_scale = 1.0        # without label dropout there is no guidance
     if args.tau is None:
-        args.tau = 300_000 if args.model == "SiT-XL/2" and args.grid == 32 else config.tau
-    parts = WORLD * args.gradient_accumulation_steps
+        at_512_px = args.model == "SiT-XL/2" and args.grid == 32
+        args.tau = 300_000 if at_512_px else config.tau
+
+    parts = WORLD_SIZE * args.gradient_accumulation_steps
     if args.batch_size % parts:
         raise UserError(f"--batch-size {args.batch_size} must divide into {parts} equal parts")
-    if data.shape[1] % patch:
-        raise UserError(f"{args.model} needs inputs that divide by {patch}, not {data.shape[1]}")
+    if data.shape[1] != data.shape[2] or data.shape[1] % patch:
+        raise UserError(f"{args.model} needs square inputs that divide by {patch}, not {data.shape[1:]}")
     if len(args.attention_blocks) != len(args.teacher_blocks):
         raise UserError("--attention-blocks and --teacher-blocks must have the same length")
     if max(args.attention_blocks) >= config.depth:
-        raise UserError(f"{args.model} has no block {max(args.attention_blocks)}")
-    if args.tau and not data.images.is_dir():
+        raise UserError(f"--attention-blocks: {args.model} has no block {max(args.attention_blocks)}; "
+                        f"the last is {config.depth - 1}")
+    if args.encoder_depth > config.depth:
+        raise UserError(f"--encoder-depth {args.encoder_depth}: {args.model} has {config.depth} blocks")
+    if args.tau != 0 and args.lambda_r == 0 and args.lambda_a == 0:
+        raise UserError("--lambda-r 0 and --lambda-a 0 leave nothing to align: use --tau 0")
+    if args.tau != 0 and not data.images.is_dir():
         raise UserError(f"phase I needs {data.images}: without it, use --tau 0")
-    if (kind is MMDiT) != bool(data.captions):
-        raise UserError(f"{args.model} does not fit {args.data_dir}: an MMDiT needs captions, others labels")
+    if model_class is MMDiT and not data.captions:
+        raise UserError(f"an MMDiT needs captions, and {args.data_dir} has none: prepare it with --captions")
+    if model_class is not MMDiT and data.captions:
+        raise UserError(f"{args.data_dir} has captions, which only --model MMDiT learns")
+
 
 def restore(saved, path, model, ema, optimizer, scaler):
     """Loads a checkpoint into a run. Raises UserError for another model's."""
     load_state(model, saved["model"], path)
     load_state(ema, saved["ema"], path)
-    groups = optimizer.state_dict()["param_groups"]     # this command's learning rate; REPA's are not fused
-    if saved.get("opt") and "projectors.0.0.bias" in saved["model"]:
-        optimizer.load_state_dict(saved["opt"] | {"param_groups": groups})
+    if "projectors.0.0.bias" not in saved["model"]:
+        print0(f"{path} has no projector: it starts from random weights, and the optimizer's state from zero")
+    elif not saved["opt"]:
+        print0(f"{path} has no optimizer: its state starts from zero")
     else:
-        print(f"{path} lacks optimizer or projector: what is missing starts from zero")
-    if saved.get("scaler"):
+        # The learning rate is this command's, and REPA's optimizer is not fused.
+        groups = optimizer.state_dict()["param_groups"]
+        with user_error(f"{path}: the optimizer's state is another model's"):
+            optimizer.load_state_dict(saved["opt"] | {"param_groups": groups})
+    if saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
+
+
+def cut_metrics(path, step):
+    """Removes the lines after `step` from metrics.jsonl: the resumed run writes them again."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        with suppress(ValueError, KeyError, TypeError):     # a killed run can leave a torn line
+            values = json.loads(line)
+            # The gradients are compared before the step, and all else is written after it.
+            if values["step"] + ("cosine" in values) <= step:
+                kept.append(line + "\n")
+    with atomic_write(path) as f:
+        f.write("".join(kept).encode())
+
 
 def log(run, args, **line):
     """Appends a line to metrics.jsonl, and to W&B if asked for, on the first process. Raises UserError."""
-    if RANK == 0:
-        with open(run / "metrics.jsonl", "a") as f:
-            f.write(json.dumps(line) + "\n")
-        if args.wandb:
-            with explained(f"--wandb {args.wandb} failed; it needs pip install wandb, and wandb login"):
-                import wandb
-                if wandb.run is None:
-                    name = re.sub(r"\W", "-", args.exp_name)
-                    wandb.init(project=args.wandb, id=name, resume="allow", config=vars(args))
-                wandb.log(line, step=line["step"])
+    if RANK > 0:
+        return
+    with open(run / "metrics.jsonl", "a") as f:
+        f.write(json.dumps(line) + "\n")
+    if args.wandb:
+        with user_error(f"--wandb {args.wandb} failed; it needs pip install wandb, and wandb login"):
+            import wandb
+            if wandb.run is None:
+                name = re.sub(r"\W", "-", args.exp_name)
+                wandb.init(project=args.wandb, id=name, resume="allow", config=vars(args))
+            wandb.log(line, step=line["step"])
+
+
+class Meter:
+    """Losses, speed and memory since the last line of metrics.jsonl, over all processes."""
+
+    def __init__(self, batch_size):
+        self.batch_size = batch_size
+        self.skipped_in_a_row = 0
+        self.start_line()
+
+    def start_line(self):
+        self.rows = []          # of each step: loss, L_diff, L_REPA, L_ATTA, norm of the gradient
+        self.seconds = 0.0
+        self.started = time.perf_counter()
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    @contextmanager
+    def paused(self):
+        """What runs inside, such as saving a checkpoint, does not count as training."""
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - self.started
+        yield
+        self.started = time.perf_counter()
+
+    def finish_line(self):
+        """Means over the steps that were taken. Raises UserError after MAX_SKIPPED that were not."""
+        table = torch.stack(self.rows)
+        if WORLD_SIZE > 1:
+            dist.all_reduce(table)
+        table = table.cpu() / WORLD_SIZE        # CPU-GPU sync point
+        taken = table[:, -1].isfinite()
+        for ok in taken.tolist():
+            self.skipped_in_a_row = 0 if ok else self.skipped_in_a_row + 1
+            if self.skipped_in_a_row == MAX_SKIPPED:
+                raise UserError(f"no finite gradient in {MAX_SKIPPED} steps in a row: use --precision fp32, "
+                                f"or a lower --learning-rate")
+        line = {}
+        if taken.any():
+            names = ("loss", "loss_diff", "loss_repa", "loss_atta", "grad_norm")
+            line = dict(zip(names, table[taken].mean(0).tolist()))
+        line["skipped_steps"] = int((~taken).sum())
+        with self.paused():
+            line["images_per_sec"] = self.batch_size * len(table) / self.seconds
+        if DEVICE.type == "cuda":
+            gib = torch.tensor(torch.cuda.max_memory_allocated() / 2 ** 30)
+            if WORLD_SIZE > 1:
+                dist.all_reduce(gib, dist.ReduceOp.MAX)
+            line["gib"] = gib.item()
+        self.start_line()
+        return line
+
 
 def compile_blocks(model):
     """Compiles the blocks, which share a graph. Raises UserError without a C++ compiler."""
@@ -883,203 +1459,268 @@ def compile_blocks(model):
     for block in model.blocks:
         block.compile(dynamic=False)
 
-def train(args):
-    """Trains args.model on args.data_dir to step args.max_train_steps, from the newest whole checkpoint.
-    Returns the exit code: 0, or 75 (start me again) where a signal ended it before. Raises UserError."""
-    # --- processes, data, the newest checkpoint
-    join_processes(args)
-    data, run = Data(args.data_dir), Path(args.output_dir, args.exp_name)
-    resolve(args, data)
-    newest = newest_checkpoint(run / "checkpoints")
-    saved = read_checkpoint(newest, args.model) if newest else {"steps": 0, "model": {}}
-    step, last = saved["steps"], args.max_train_steps
-    fired = saved.get("tau") if args.tau == "auto" else None        # the step at which auto ended phase I
-    tau = args.tau if isinstance(args.tau, int) else fired or math.inf
-    local = args.batch_size // WORLD                    # images of a step that this process sees,
-    micro = local // args.gradient_accumulation_steps   # and those at a time
-    rows = slice(RANK * local, (RANK + 1) * local)      # their places in the global batch
 
-    # --- the teacher, the student, its EMA, the optimizer
-    teacher, teacher_dim = None, len(saved["model"].get("projectors.0.4.bias", range(768)))
-    with one_after_another():
-        if step < min(tau, last):
-            blocks = args.teacher_blocks if args.lambda_a else ()
-            teacher = load_teacher(args.teacher, args.grid, blocks).to(DEVICE)
+@torch.no_grad()
+def update_ema(ema_parameters, parameters, decay):
+    """ema = decay ema + (1 - decay) parameters, in place, in one pass over all of them."""
+    torch._foreach_lerp_(ema_parameters, parameters, 1 - decay)
+
+
+def train(args):
+    """Trains args.model on args.data_dir to step args.max_train_steps, from the newest intact checkpoint.
+
+    Returns the exit code: 0, or 75 (start me again) if a signal ended it before. Raises UserError.
+    """
+    # --- processes, data, the run's folder
+    join_processes(args)
+    asked_for = args.model
+    data = Data(args.data_dir)
+    resolve(args, data)
+    run = Path(args.output_dir, args.exp_name)
+    run.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(run) if RANK == 0 else None
+    barrier()
+
+    # --- the newest checkpoint, whose name is its step
+    newest = newest_checkpoint(run / "checkpoints")
+    step, last = 0, args.max_train_steps
+    saved = None
+    if newest:
+        step = int(newest.stem)
+        saved = read_checkpoint(newest, asked_for)
+        if saved["steps"] not in (None, step):
+            print0(f"{newest} was saved after step {saved['steps']}: by its name, the run continues from {step}")
+    if step >= last:
+        print0(f"{run}: {newest} is at step {step}, --max-train-steps {last}: there is nothing to train")
+        return 0
+
+    # --- tau, at which phase II begins; auto finds it
+    auto_tau = None
+    if args.tau == "never":
+        tau = math.inf
+    elif args.tau == "auto":
+        auto_tau = saved["tau"] if saved else None
+        tau = math.inf if auto_tau is None else auto_tau
+    else:
+        tau = args.tau
+
+    # --- how a global batch is shared: this process's rows of it, and those at a time
+    local_batch_size = args.batch_size // WORLD_SIZE
+    micro_batch_size = local_batch_size // args.gradient_accumulation_steps
+    rows = slice(RANK * local_batch_size, (RANK + 1) * local_batch_size)
+
+    # --- the teacher
+    teacher = None
+    teacher_dim = 768
+    if saved and "projectors.0.4.bias" in saved["model"]:
+        teacher_dim = len(saved["model"]["projectors.0.4.bias"])
+    with first_process_first():
+        if step < tau:
+            teacher_blocks = args.teacher_blocks if args.lambda_a > 0 else ()
+            teacher = load_teacher(args.teacher, args.grid, teacher_blocks).to(DEVICE)
             teacher_dim = teacher.dim
         if data.captions:
             load_clip()
+
+    # --- the student, its EMA, the optimizer
     torch.manual_seed(args.seed)
     model = build_model(
         args.model, input_size=data.shape[1], in_channels=data.shape[0], num_classes=len(data.classes),
-        teacher_dim=teacher_dim, attention_blocks=args.attention_blocks,
-        feature_block=args.encoder_depth).to(DEVICE)
+        teacher_dim=teacher_dim, attention_blocks=args.attention_blocks, feature_block=args.encoder_depth)
+    model.to(DEVICE)
+    model.can_be_guided = args.cfg_prob > 0
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    update_ema = torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema_decay)
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
-    if newest:
+    if saved:
         restore(saved, newest, model, ema, optimizer, scaler)
-    del saved
+        saved = None        # to free its memory
     if args.compile:
         compile_blocks(model)
 
-    # --- what the first process writes
-    known = vars(args) | {"vae": data.vae, "scale": data.scale, "classes": data.classes}
-    os.makedirs(run, exist_ok=True)
-    if args.sampling_steps and RANK == 0:
-        load_decoder(data.vae, args.vae, ema)       # fails now rather than at the first grid
-    print(f"{run}: {args.model}, {args.precision}, {WORLD} x {DEVICE.type}, tau {args.tau}, step {step}")
+    # --- what the first process writes; what a grid needs is checked before the first step
+    saved_args = vars(args) | {"vae": data.vae, "scale": data.scale, "classes": data.classes,
+                               "trained_labels": data.trained_labels}
+    if args.sampling_steps > 0:
+        check_sampler(ema, args.num_steps, args.cfg_scale, (args.guidance_low, args.guidance_high), args.mode)
+        if RANK == 0:
+            load_decoder(data.vae, args.vae, ema)
+            grid_conditions(ema, saved_args, args)
+    if RANK == 0:
+        cut_metrics(run / "metrics.jsonl", step)
+    kind = "latents" if data.latents else "pixels"
+    print0(f"{run}: {args.model} on {len(data):,} {kind} {data.shape}, {args.precision}, "
+           f"{WORLD_SIZE} x {DEVICE.type}, tau {args.tau}, from step {step}")
+    if not newest:
+        warn_of_young_ema(args.ema_decay, last)
 
     def save():
         state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(),
-                 "scaler": scaler.state_dict(), "args": known, "steps": step, "tau": fired}
+                 "scaler": scaler.state_dict(), "args": saved_args, "steps": step, "tau": auto_tau}
         path = run / f"checkpoints/{step:07d}.pt"
-        with explained(f"{path} cannot be written"), replacing(path) as f:
+        with user_error(f"{path} cannot be written"), atomic_write(path) as f:
             torch.save(state, f)
 
-    stop, stopping, window = StopSignals(), False, []
-    bar = tqdm(total=last, initial=step, disable=RANK > 0)
-    while step < last and not stopping:
-        # --- the switch: at tau, everything of phase I is dropped at once
-        aligned = step < tau
-        teacher = teacher if aligned else None
-        data.with_images = aligned
-        model.projectors.requires_grad_(aligned and args.lambda_r > 0)      # DDP waits for all that do
-        net = None
-        gc.collect()        # the hooks of phase I's DDP go with it
-        net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD > 1 else model
-        pairs = [pair for pair in zip(ema.parameters(), model.parameters()) if pair[1].requires_grad]
-        steps = range(step, min(tau, last) if aligned else last)
-        loader = DataLoader(
-            data, batch_sampler=batch_indices(len(data), args.seed, args.batch_size, rows, steps),
-            num_workers=args.num_workers, worker_init_fn=ignore_stop_signals,
-            pin_memory=DEVICE.type == "cuda", timeout=args.num_workers and 300)
-        bar.set_description("phase I" if aligned else "phase II")
+    def log_line():
+        line = meter.finish_line()
+        log(run, args, step=step, phase=1 if aligned else 2, **line)
+        bar.set_postfix({key: f"{line[key]:.4g}" for key in ("loss", "images_per_sec", "gib") if key in line})
 
-        for batch in load_batches(loader, stop):
-            # --- the trigger: is it time for phase II?
-            if aligned and args.tau == "auto" and step in range(args.tau_from, last, args.tau_every):
-                with torch.compiler.set_stance("force_eager"):      # a compiled backward runs only once
-                    cosines = measure_cosines(model, teacher, data, args, step, max(1, micro // 2))
-                mean = sum(cosines) / len(cosines)
-                log(run, args, step=step, cosine=mean, cosines=cosines)
-                if any_process(RANK == 0 and mean < args.tau_cosine):      # one decides for all
-                    fired = tau = step
+    meter = Meter(args.batch_size)
+    stopping = False
+    with StopSignals() as stop, tqdm(total=last, initial=step, disable=RANK > 0) as bar:
+        # This loop runs once for each phase.
+        while step < last and not stopping:
+            # --- the switch: at tau, everything of phase I is dropped at once
+            aligned = step < tau
+            phase_end = min(tau, last) if aligned else last
+            if not aligned:
+                teacher = None
+            data.with_images = aligned
+            model.projectors.requires_grad_(aligned and args.lambda_r > 0)      # DDP waits for all that do
+            net = None
+            gc.collect()        # frees phase I's DDP, and its hooks on the model
+            net = model
+            if WORLD_SIZE > 1:
+                net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+            trained = [p for p in model.parameters() if p.requires_grad]
+            averaged = [p_ema for p_ema, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
+            loader = DataLoader(
+                data, num_workers=args.num_workers, worker_init_fn=ignore_stop_signals,
+                batch_sampler=batch_indices(
+                    len(data), args.seed, args.batch_size, rows, range(step, phase_end)),
+                pin_memory=DEVICE.type == "cuda", timeout=300 if args.num_workers else 0)
+            batches = load_batches(loader)
+            bar.set_description("phase I" if aligned else "phase II")
+
+            while step < phase_end:
+                # --- the next images; all processes stop here if one of them was told to
+                images = stop.wait_for(batches)
+                stopping = any_process(stop.caught)
+                if stopping:
                     break
 
-            # --- the batch
-            t, u, eps, xi = (x[rows] for x in draw(args.batch_size, data.shape, args.seed, step))
-            x0, y = data.x0(batch, xi), data.condition(batch, u, args.cfg_prob)
+                # --- the trigger: is it time for phase II?
+                if aligned and trigger_is_due(step, args):
+                    with torch.compiler.set_stance("force_eager"):      # a compiled backward runs only once
+                        size = max(1, micro_batch_size // 2)
+                        cosines = measure_cosines(model, teacher, data, args, step, size)
+                    mean = sum(cosines) / len(cosines)
+                    log(run, args, step=step, cosine=mean, cosines=cosines)
+                    if any_process(RANK == 0 and mean < args.tau_cosine):       # one process decides for all
+                        auto_tau = tau = step
+                        break
 
-            # --- teacher, while step < tau; forward; backward; in parts if memory is short
-            values = 0
-            for start in range(0, local, micro):
-                i = slice(start, start + micro)
-                with autocast(args.teacher_precision):
-                    target = teacher(batch["image"][i]) if teacher else None
-                with autocast(args.precision):
-                    diff, repa, atta = losses(
-                        net, model.process, x0[i], eps[i], t[i], y[i], target, args.lambda_r, args.lambda_a)
-                loss = diff + args.lambda_r * repa + args.lambda_a * atta
-                net.require_backward_grad_sync = i.stop == local        # as DDP's no_sync() sets it
-                scaler.scale(loss * micro / local).backward()
-                values += torch.stack([loss, diff, repa, atta]).detach() * micro / local
+                # --- the batch: clean samples, conditions, times and noise
+                images = to_device(images)
+                t, u, eps, xi = [x[rows] for x in randomness(args.batch_size, data.shape, args.seed, step)]
+                x0 = data.x0(images, xi)
+                y = data.condition(images, u, args.cfg_prob)
 
-            # --- step, which the optimizer skips on all processes where a gradient is not finite
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-            optimizer.found_inf = (~norm.isfinite()).float()        # the GradScaler sets it only in fp16
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
+                # --- teacher, while step < tau; forward; backward; in parts if memory is short
+                means = 0
+                for start in range(0, local_batch_size, micro_batch_size):
+                    i = slice(start, start + micro_batch_size)
+                    # DDP reads this in its forward pass: only the last part averages over the processes.
+                    net.require_backward_grad_sync = i.stop == local_batch_size
+                    target = None
+                    if aligned:
+                        with autocast(args.teacher_precision):
+                            target = teacher(images["image"][i])
+                    batch = Batch(x0[i], eps[i], t[i], y[i], target)
+                    with autocast(args.precision):
+                        diff, repa, atta = losses(net, model.diffusion, *batch, args.lambda_r, args.lambda_a)
+                    loss = diff + args.lambda_r * repa + args.lambda_a * atta
+                    share = micro_batch_size / local_batch_size
+                    scaler.scale(share * loss).backward()
+                    means += share * torch.stack([loss, diff, repa, atta]).detach()
 
-            # --- EMA
-            update_ema(*zip(*pairs), None)      # the EMA's weights, and the model's
-            step += 1
+                # --- step; if any gradient is not finite, every process skips it
+                scaler.unscale_(optimizer)
+                max_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
+                norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+                # The fused AdamW skips its step if this is 1. A GradScaler sets it, too, but only in fp16, and
+                # it would read and write each gradient once more.
+                optimizer.found_inf = (~norm.isfinite()).float()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                update_ema(averaged, trained, args.ema_decay)
+                step += 1
 
-            # --- everything below is diagnostics
-            bar.update()
-            window.append(torch.stack([*values, norm]))
-            if WORLD == 1 or step % 10 == 0:        # not each: it costs a message
-                stopping = any_process(stop.caught)
-            ends = stopping or step in (tau, last)
-            if ends or step % args.log_every == 0:
-                means = summarise(window)
-                if len(window) > means["skipped_steps"]:        # else no step was taken yet
-                    bar.set_postfix(loss=means["loss"])
-                    log(run, args, step=step, phase=2 - aligned, **means)
-                    window = []
-            if RANK == 0 and (ends or step % args.checkpointing_steps == 0):
+                # --- everything below is diagnostics
+                bar.update()
+                meter.rows.append(torch.stack([*means, norm]))
+                at_end = step in (tau, last)
+                if step % args.log_every == 0 or at_end:
+                    log_line()
+                with meter.paused() if RANK == 0 else nullcontext():
+                    if RANK == 0 and (step % args.checkpointing_steps == 0 or at_end):
+                        save()
+                    if RANK == 0 and args.sampling_steps > 0 and step % args.sampling_steps == 0:
+                        sample_grid(run / f"samples/{step:07d}.png", ema, saved_args, args)
+            batches.close()
+
+        # --- a stop signal came: save what there is
+        if stopping:
+            if meter.rows:
+                log_line()
+            if RANK == 0:
                 save()
-            if RANK == 0 and args.sampling_steps and step % args.sampling_steps == 0:
-                draw_grid(run / f"samples/{step:07d}.png", ema, known, args)
-            if stopping:
-                break
-        if WORLD == 1 and stop.caught and not stopping:         # it interrupted the wait for data
-            stopping = True
-            save()
-    barrier()       # until the first process has saved
-    stop.busy = False
-    bar.close()
-    print(f"{run}: saved after step {step}" + "; stopped, the same command resumes" * stopping)
-    return 75 * stopping        # EX_TEMPFAIL
-
-def summarise(window):
-    """[(loss, diff, repa, atta, norm), ...] -> means over the steps taken, and how many were skipped."""
-    table = torch.stack(window)
-    if WORLD > 1:
-        dist.all_reduce(table)
-    taken = table[table[:, -1].isfinite()] / WORLD      # CPU-GPU sync point
-    if not len(taken) and len(window) >= MAX_SKIPPED:
-        raise UserError(f"no finite gradient in {len(window)} steps: use fp32, or a lower --learning-rate")
-    means = dict(zip("loss loss_diff loss_repa loss_atta grad_norm".split(), taken.mean(0).tolist()))
-    return means | {"skipped_steps": len(window) - len(taken)}
-
-def measure_cosines(model, teacher, data, args, step, size):
-    """The cosine of the two gradients of args.tau_images images, `size` at a time, at TRIGGER_TIMES."""
-    chosen, total = permutation(len(data), args.seed, step, 1)[:args.tau_images], 0
-    _, u, eps, xi = draw(len(chosen), data.shape, args.seed, step, 1)
-    for i in torch.arange(RANK, len(chosen), WORLD).split(size):
-        batch = to_device(default_collate([data[j] for j in chosen[i]]))
-        x0, y = data.x0(batch, xi[i]), data.condition(batch, u[i], args.cfg_prob)
-        given = x0, eps[i], y, teacher(batch["image"]), args.lambda_r, args.lambda_a
-        total += torch.stack([gradients(model, t, *given) for t in TRIGGER_TIMES]) * len(i)
-    if WORLD > 1:
-        dist.all_reduce(total)
-    return F.cosine_similarity(total[:, 0], total[:, 1], dim=1).tolist()
+        barrier()       # until the first process has saved
+    lock and lock.close()
+    print0(f"{run}: saved after step {step}" + ("; stopped, the same command resumes" if stopping else ""))
+    return 75 if stopping else 0        # 75 is EX_TEMPFAIL
 
 
 # ---- 9. Sampling -------------------------------------------------------------------------------------------
 
 def seeded_noise(model, n, seed):
+    """n starting points of a sampler, (n, C, S, S)."""
     shape = (n, model.in_channels, model.input_size, model.input_size)
-    return torch.randn(shape, generator=torch.Generator(DEVICE).manual_seed(seed), device=DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=DEVICE)
 
-def draw_grid(path, model, saved, args):
-    """Draws args.labels or args.captions as one PNG -> their names. saved: the model's run's args."""
-    vae = load_decoder(saved["vae"], args.vae, model)
+
+def grid_conditions(model, saved_args, args):
+    """The names of what --labels or --captions ask for, and the conditions y. Raises UserError."""
     if isinstance(model, MMDiT):
         names = args.captions or ["a red bus"]
-        y, model.null_label = encode_captions(names), encode_captions([""])
-    else:
-        classes = saved.get("classes") or [""] * model.num_classes
-        labels = args.labels or range(min(len(classes), 8))
-        with explained(f"--labels {labels}: the classes are 0 to {len(classes) - 1}"):
-            y, names = torch.tensor(labels, device=DEVICE), [f"{label} {classes[label]}" for label in labels]
-    noise, interval = seeded_noise(model, len(y), args.seed), (args.guidance_low, args.guidance_high)
-    torch.manual_seed(args.seed + 1)        # the SDE must not draw the same numbers again
+        return names, encode_captions(names)
+    if args.captions:
+        raise UserError("--captions are for an MMDiT: use --labels")
+    classes = saved_args.get("classes") or [""] * model.num_classes
+    trained = saved_args.get("trained_labels") or list(range(len(classes)))
+    labels = args.labels or trained[:8]
+    for label in labels:
+        if label not in trained:
+            gaps = ", with gaps" if len(trained) < len(classes) else ""
+            raise UserError(f"--labels {label}: the classes are {trained[0]} to {trained[-1]}{gaps}")
+    names = [f"{label} {classes[label]}" for label in labels]
+    return names, torch.tensor(labels, device=DEVICE)
+
+
+def sample_grid(path, model, saved_args, args):
+    """Draws args.labels or args.captions as one PNG, and returns their names. saved_args: of the model's run."""
+    vae = load_decoder(saved_args["vae"], args.vae, model)
+    names, y = grid_conditions(model, saved_args, args)
+    noise = seeded_noise(model, len(y), args.seed)
+    interval = (args.guidance_low, args.guidance_high)
+    torch.manual_seed(args.seed + 1)        # another seed, so that the SDE's noise differs from the start
     with autocast(args.precision):
         x = sample(model, noise, y, args.num_steps, args.cfg_scale, interval, args.mode)
-    with replacing(path) as f:
-        save_image(to_images(x, vae, saved["scale"]) / 255, f, "png", padding=1)
+    with atomic_write(path) as f:
+        save_image(to_images(x, vae, saved_args["scale"]) / 255, f, "png", padding=1)
     return names
 
+
 def sample_from(args):
-    """--sample: draws a grid from a checkpoint's EMA."""
+    """--sample: draws a grid from a checkpoint's EMA. Raises UserError."""
     join_processes(args)
-    model, saved = load_ema(args.sample, args.model)
-    names = draw_grid(args.out, model, saved, args)
-    print(f"{args.out}: {args.mode} {args.num_steps}, guidance {args.cfg_scale}; {', '.join(names)}")
+    model, saved_args = load_ema(args.sample, args.model)
+    names = sample_grid(args.out, model, saved_args, args)
+    print0(f"{args.out}: {saved_args['model']}, {args.mode} {args.num_steps}, guidance {args.cfg_scale}; "
+           f"{', '.join(names)}")
 
 
 # ---- 10. The paper's other models: DiT, which learns the noise, and MM-DiT, which reads captions -----------
@@ -1088,32 +1729,39 @@ def sample_from(args):
 def ddpm_schedule(steps, device, dtype):
     """`steps` of DiT's 1000 timesteps, evenly spaced, and for them (6, steps): sqrt abar, sqrt(1 - abar), the
     posterior coefficients of x0 and x_t, log beta and log beta~."""
-    timesteps = np.cumsum([0] + (steps - 1) * [999 / (steps - 1)]).round().astype(int)      # as DiT rounds
+    distance = 999 / (steps - 1)
+    timesteps = np.cumsum([0] + (steps - 1) * [distance]).round().astype(int)       # as DiT rounds
     # abar_t = product of 1 - beta up to t; with s, the timestep kept before t, beta = 1 - abar_t / abar_s
     abar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[timesteps]
     abar_s = np.append(1.0, abar[:-1])
     beta = 1 - abar / abar_s
     # q(x_s | x_t, x0) = N((sqrt(abar_s) beta x0 + sqrt(1 - beta) (1 - abar_s) x_t) / (1 - abar_t), beta~)
-    # beta~ = beta (1 - abar_s) / (1 - abar_t) is 0 at the first timestep, which has the second's instead
-    c_0, c_t = abar_s ** 0.5 * beta / (1 - abar), (1 - beta) ** 0.5 * (1 - abar_s) / (1 - abar)
+    c_0 = abar_s ** 0.5 * beta / (1 - abar)
+    c_t = (1 - beta) ** 0.5 * (1 - abar_s) / (1 - abar)
     beta_tilde = beta * (1 - abar_s) / (1 - abar)
-    beta_tilde[0] = beta_tilde[1]
+    beta_tilde[0] = beta_tilde[1]       # else 0, which has no logarithm
     table = np.stack([abar ** 0.5, (1 - abar) ** 0.5, c_0, c_t, np.log(beta), np.log(beta_tilde)])
     return timesteps.tolist(), torch.tensor(table, dtype=dtype, device=device)
 
+
 def ddpm_at(i, x, steps=1000):
     """The six of ddpm_schedule at its i-th timestep; for i (B,) each is (B, 1, 1, 1)."""
-    return ddpm_schedule(steps, x.device, x.dtype)[1][:, i, None, None, None]
+    _, table = ddpm_schedule(steps, x.device, x.dtype)
+    return table[:, i, None, None, None]
+
 
 # mean = E q(x_s | x_t, (x_t - sqrt(1 - abar) eps) / sqrt(abar)),  log var = f log beta + (1 - f) log beta~
 def posterior(eps, variance, x_t, i, steps=1000):
     """Posterior mean and log variance of p(x_s | x_t), from the model's two outputs, eps and 2 f - 1."""
     signal, noise, c_0, c_t, log_beta, log_beta_tilde = ddpm_at(i, x_t, steps)
+    x0 = (x_t - noise * eps) / signal
     f = (variance + 1) / 2
-    return c_0 * (x_t - noise * eps) / signal + c_t * x_t, f * log_beta + (1 - f) * log_beta_tilde
+    return c_0 * x0 + c_t * x_t, f * log_beta + (1 - f) * log_beta_tilde
 
-# log P(x) = log(cdf(x + 1/255) - cdf(x - 1/255)) for one of 256 levels in [-1, 1]; the outermost have no end
+
+# log P(x) = log(cdf(x + 1/255) - cdf(x - 1/255)) for one of 256 levels in [-1, 1]
 def discretized_log_likelihood(x, mean, log_std):
+    """x, mean, log_std (B, C, S, S) -> log P(x); the outermost bins reach to infinity."""
     def cdf(edge):      # of the normal distribution, by the tanh approximation that DiT was trained with
         z = (edge - mean) * torch.exp(-log_std)
         return (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3))) / 2
@@ -1125,42 +1773,57 @@ def discretized_log_likelihood(x, mean, log_std):
 
 class DDPM:
     """DiT's diffusion: the model gives the noise and a variance, and its t is an integer, 0 .. 999."""
-    modes, guided_channels = ("sde", "ddpm"), 3         # of its 8, as in DiT's code
+
+    modes = ("sde", "ddpm")
+    step_range = (2, 1000)
 
     # x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps
-    def add_noise(x0, eps, t):
+    def add_noise(self, x0, eps, t):
+        """x0, eps (B, C, S, S), t (B,) in [0, 1] -> x_t, and the timestep that the model is given."""
         t = (1000 * t).floor().clamp(max=999)
         signal, noise, *_ = ddpm_at(t.long(), x0)
         return signal * x0 + noise * eps, t
 
     # L_diff = mean (eps_hat - eps)^2 + L_vb,    L_vb = KL(q(x_s | x_t, x0) || p(x_s | x_t))
-    def loss(out, x0, eps, x_t, t):
-        """L_vb, in bits a dimension, trains only the variance: eps_hat is detached in it. At t = 0 it is
-        -log p(x0 | x_t), as if x0 were pixels."""
-        i, (eps_hat, variance) = t.long(), out.chunk(2, dim=1)
+    def loss(self, out, x0, eps, x_t, t):
+        """L_vb, in bits per dimension, trains only the variance: eps_hat is detached in it.
+
+        At t = 0 it is -log p(x0 | x_t), as if x0 were pixels.
+        """
+        i = t.long()
+        eps_hat, variance = out.chunk(2, dim=1)
         mean, log_var = posterior(eps_hat.detach(), variance, x_t, i)
         _, _, c_0, c_t, _, log_beta_tilde = ddpm_at(i, x0)
         # KL(N(m, v) || N(m', v')) = (v / v' - log(v / v') - 1 + (m - m')^2 / v') / 2
-        gap, difference = log_beta_tilde - log_var, c_0 * x0 + c_t * x_t - mean
-        kl = (gap.exp() - gap - 1 + difference ** 2 * (-log_var).exp()) / 2
+        log_ratio = log_beta_tilde - log_var
+        difference = c_0 * x0 + c_t * x_t - mean
+        kl = (log_ratio.exp() - log_ratio - 1 + difference ** 2 * (-log_var).exp()) / 2
         nll = -discretized_log_likelihood(x0, mean, log_var / 2)
         bound = torch.where(t.view(-1, 1, 1, 1) == 0, nll, kl)
         return ((eps_hat - eps) ** 2).mean() + bound.mean() / math.log(2)
 
-    def sample(network, x, steps, mode):
-        """From noise x through `steps` timesteps, nothing clipped. "ddpm", DiT's own: ancestral, with the
-        learned variance. "sde", the paper's: Euler-Maruyama for dx = -x/2 dtau + dw, tau = -log abar."""
+    def integrate(self, network, x, steps, mode):
+        """From noise x through `steps` timesteps, nothing clipped.
+
+        "ddpm" is DiT's own: ancestral, with the learned variance. "sde" is the paper's: Euler-Maruyama for
+        dx = -(x / 2 + score) dtau + dw with tau = -log abar and score = -eps / sqrt(1 - abar).
+        """
         timesteps, _ = ddpm_schedule(steps, x.device, x.dtype)
         for i in tqdm(range(steps - 1, -1, -1), desc="sampling", disable=RANK > 0, leave=False):
-            eps, variance = network(x, timesteps[i], timesteps[i] / 1000).chunk(2, dim=1)
+            out = network(x, timesteps[i], t_guide=timesteps[i] / 1000)
+            eps, variance = out.chunk(2, dim=1)
             if mode == "ddpm":
                 mean, log_var = posterior(eps, variance, x, i, steps)
                 std = torch.exp(log_var / 2)
-            else:           # dx = -(x / 2 + score) dtau + dw,  score = -eps / sqrt(1 - abar)
+            else:
                 signal, noise, *_ = ddpm_at(i, x, steps)
-                dtau = 2 * torch.log((ddpm_at(i - 1, x, steps)[0] if i else 1) / signal)
-                mean, std = x + (x / 2 - eps / noise) * dtau, dtau ** 0.5
-            x = mean + std * torch.randn_like(x) if i else mean     # the last step takes the mean
+                signal_next = ddpm_at(i - 1, x, steps)[0] if i > 0 else 1
+                dtau = 2 * torch.log(signal_next / signal)
+                mean = x + (x / 2 - eps / noise) * dtau
+                std = dtau ** 0.5
+            x = mean
+            if i > 0:       # no noise in the last step
+                x = x + std * torch.randn_like(x)
         return x
 
 
@@ -1169,17 +1832,35 @@ class DiT(SiT):
 
     def __init__(self, in_channels=4, **sizes):
         super().__init__(in_channels=in_channels, out_channels=2 * in_channels, **sizes)
-        self.process = DDPM
+        self.diffusion = DDPM()
+        self.guided_channels = 3        # as in DiT's code
 
 
-def before_attention(block, x, c):
-    """One stream's q, k, v (B, heads, tokens, head_dim), and its modulations for what comes after."""
-    shift, scale, *rest = block.adaLN_modulation(c).split(x.shape[-1], dim=1)
-    return split_heads(block.attn.qkv(modulate(block.norm1(x), shift, scale)), block.attn.num_heads), rest
+class Stream(nn.Module):
+    """Text or image in a JointBlock: its weights before and after the attention that they share."""
 
-def after_attention(block, x, attended, gate_a, shift, scale, gate_m):
-    x = x + gate_a[:, None] * block.attn.proj(attended)
-    return x + gate_m[:, None] * block.mlp(modulate(block.norm2(x), shift, scale))
+    def __init__(self, dim, num_heads, ends_in_attention=False):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = LayerNorm(dim)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim)})
+        modulations = 2 if ends_in_attention else 6
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, modulations * dim))
+        if not ends_in_attention:
+            self.attn["proj"] = nn.Linear(dim, dim)
+            self.norm2 = LayerNorm(dim)
+            self.mlp = Mlp(dim, 4 * dim, act_layer=GELUTanh)
+
+    def before_attention(self, x, c):
+        """q, k, v (B, heads, tokens, head_dim), and the modulations for what comes after."""
+        shift, scale, *rest = self.adaLN_modulation(c).split(x.shape[-1], dim=1)
+        qkv = self.attn["qkv"](modulate(self.norm1(x), shift, scale))
+        return split_heads(qkv, self.num_heads), rest
+
+    def after_attention(self, x, attended, rest):
+        gate_msa, shift_mlp, scale_mlp, gate_mlp = rest
+        x = x + gate_msa[:, None] * self.attn["proj"](attended)
+        return x + gate_mlp[:, None] * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
 class JointBlock(nn.Module):
@@ -1187,60 +1868,94 @@ class JointBlock(nn.Module):
 
     def __init__(self, dim, num_heads, last):
         super().__init__()
-        self.context_block, self.x_block = Block(dim, num_heads), Block(dim, num_heads)
-        if last:
-            del self.context_block.attn.proj, self.context_block.norm2, self.context_block.mlp
-            self.context_block.adaLN_modulation[1] = nn.Linear(dim, 2 * dim)
+        self.last = last
+        self.context_block = Stream(dim, num_heads, ends_in_attention=last)
+        self.x_block = Stream(dim, num_heads)
 
     def forward(self, x, text, c):
         """Image x (B, N, D), text (B, T, D), c (B, D) -> x, text, and the image's (q, k)."""
-        qkv_text, rest_text = before_attention(self.context_block, text, c)
-        qkv, rest = before_attention(self.x_block, x, c)
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(qkv_text, qkv))               # text first
+        (q_text, k_text, v_text), rest_text = self.context_block.before_attention(text, c)
+        (q_x, k_x, v_x), rest_x = self.x_block.before_attention(x, c)
+        q = torch.cat([q_text, q_x], dim=2)
+        k = torch.cat([k_text, k_x], dim=2)
+        v = torch.cat([v_text, v_x], dim=2)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)   # (B, T + N, D)
-        a_text, a = attended.split([text.shape[1], x.shape[1]], dim=1)
-        if rest_text:
-            text = after_attention(self.context_block, text, a_text, *rest_text)
-        return after_attention(self.x_block, x, a, *rest), text, qkv[:2]
+        attended_text, attended_x = attended.split([text.shape[1], x.shape[1]], dim=1)
+        if not self.last:
+            text = self.context_block.after_attention(text, attended_text, rest_text)
+        x = self.x_block.after_attention(x, attended_x, rest_x)
+        return x, text, (q_x, k_x)
 
 
-class MMDiT(SiT):
-    """The text-to-image MM-DiT, named as in the released HASTE. Its condition y is a text, (B, T, 768)."""
+class MMDiT(nn.Module):
+    """The text-to-image MM-DiT, named as in the released HASTE. Its condition y is a text, (B, T, 768).
 
-    def __init__(self, hidden_size=768, depth=24, num_heads=24, **sizes):
-        super().__init__(hidden_size=hidden_size, depth=0, num_heads=num_heads, **sizes)
-        del self.y_embedder, self.blocks
+    All weights start as torch's own, as in the released code.
+    """
+
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=768, depth=24, num_heads=24,
+                 num_classes=1, attention_blocks=(4, 5, 6, 7), feature_block=8,
+                 teacher_dim=768, projector_dim=2048):
+        super().__init__()
+        self.input_size = input_size
+        self.patch_size = patch_size
+        self.in_channels = in_channels
+        self.num_classes = num_classes      # not used: captions take the place of classes
+        self.attention_blocks = attention_blocks
+        self.feature_block = feature_block
+        self.diffusion = Flow()
+        self.guided_channels = in_channels
+        self.can_be_guided = True
+
+        self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
         self.context_embedder = nn.Linear(768, hidden_size)
+        positions = sincos_positions(hidden_size, input_size // patch_size)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.joint_blocks = nn.ModuleList(
             JointBlock(hidden_size, num_heads, last=i == depth - 1) for i in range(depth))
-        self.blocks = list(self.joint_blocks)
+        self.projectors = nn.ModuleList([build_projector(hidden_size, projector_dim, teacher_dim)])
+        self.final_layer = FinalLayer(hidden_size, patch_size ** 2 * in_channels)
 
-    def initialize_weights(self):
-        """Keeps torch's own initial weights, as the released code does."""
+    @property
+    def blocks(self):
+        return self.joint_blocks
 
     def forward(self, x, t, y, align=False):
         """As SiT.forward, with y (B, T, 768)."""
-        x, text, c = self.x_embedder(x) + self.pos_embed, self.context_embedder(y), self.t_embedder(t)
-        maps = {}
-        for i, block in enumerate(self.joint_blocks):
+        x = self.x_embedder(x) + self.pos_embed
+        text = self.context_embedder(y)
+        c = self.t_embedder(t)
+        states = []
+        for block in self.joint_blocks:
             x, text, qk = block(x, text, c)
-            if align and i in self.attention_blocks:
-                maps[i] = qk
-            if align and i + 1 == self.feature_block:
-                z = self.projectors[0](x)
+            if align:
+                states.append((x, qk))
         v = unpatchify(self.final_layer(x, c), self.patch_size)
-        return (v, z, [maps[i] for i in self.attention_blocks]) if align else v
+        if not align:
+            return v
+        z, qk = self.aligned(states)
+        return v, z, qk
+
+    aligned = SiT.aligned
+
+    def null_condition(self, y):
+        """The encoding of the empty caption, in the shape of y."""
+        return encode_captions([""]).expand_as(y)
 
 
 CLIP = "openai/clip-vit-large-patch14"
 
+
 @cache
 def load_clip():
     """(tokenizer, frozen text model) of CLIP. Raises UserError."""
-    with explained(f"the text model {CLIP} could not be loaded; captions need pip install transformers"):
+    with user_error(f"the text model {CLIP} could not be loaded; captions need pip install transformers"):
         from transformers import CLIPTextModel, CLIPTokenizer
+        tokenizer = CLIPTokenizer.from_pretrained(CLIP)
         model = CLIPTextModel.from_pretrained(CLIP)
-        return CLIPTokenizer.from_pretrained(CLIP), model.to(DEVICE).eval().requires_grad_(False)
+    return tokenizer, model.to(DEVICE).eval().requires_grad_(False)
+
 
 @torch.no_grad()
 def encode_captions(texts):
@@ -1250,129 +1965,189 @@ def encode_captions(texts):
     ids = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return model(ids.input_ids.to(DEVICE)).last_hidden_state
 
-def read_coco(path, names):
-    """For each image its captions in COCO's JSON. Raises UserError."""
-    coco, captions = read_json(path), {}
-    with explained(f"{path} is not COCO's JSON, or lacks the captions of an image"):
-        name_of = {image["id"]: image["file_name"] for image in coco["images"]}
-        for annotation in coco["annotations"]:
-            captions.setdefault(name_of[annotation["image_id"]], []).append(annotation["caption"].strip())
-        return [captions[os.path.basename(name)] for name in names]
 
-def choose_captions(data, indices, u, drop):
-    """A caption of each image, or "" where u (B,) < drop; the rest of the interval chooses the caption."""
+def read_coco(path, names):
+    """{name: captions} of those images that have captions in COCO's JSON. Raises UserError."""
+    coco = read_json(path)
+    captions = {}
+    with user_error(f"{path} is not COCO's JSON of captions"):
+        file_names = {image["id"]: image["file_name"] for image in coco["images"]}
+        for annotation in coco["annotations"]:
+            file_name = file_names[annotation["image_id"]]
+            captions.setdefault(file_name, []).append(annotation["caption"].strip())
+    found = {name: captions[os.path.basename(name)] for name in names if os.path.basename(name) in captions}
+    if not found:
+        raise UserError(f"{path} has no captions of these images: name the file of the same images")
+    return found
+
+
+def choose_captions(data, indices, u, cfg_prob):
+    """A caption of each image, or "" if u (B,) < cfg_prob; the rest of the interval chooses the caption."""
     texts = []
     for i, x in zip(indices.tolist(), u.tolist()):
         captions = data.captions[data.names[i]]
-        texts.append("" if x < drop else captions[int((x - drop) / (1 - drop) * len(captions))])
+        chosen = int((x - cfg_prob) / (1 - cfg_prob) * len(captions)) if x >= cfg_prob else None
+        texts.append("" if chosen is None else captions[chosen])
     return texts
 
 
 # ---- 11. The command line ----------------------------------------------------------------------------------
 
-# A flag, its type (with a + where it takes several values), its default (- for none), and what it is.
-SAMPLER_FLAGS = f"""
---mode str sde                    the sampler: sde, ode or heun; for DiT sde or ddpm, its own
---num-steps int 250               steps of the sampler
---cfg-scale float 1.0             guidance scale; 1 is no guidance
---guidance-low float 0.0          guide where t is in [low, high]
---guidance-high float 1.0         guide where t is in [low, high]
-for all of these
---seed int 0                      seed of everything random
---precision str -                 bf16, fp16 or fp32 (a half on a GPU, else fp32)
---compile switch -                compile the model's blocks, in training and in evaluate.py
---vae str -                       AutoencoderKL of diffusers, a name or a folder; none prepares pixels
---num-workers int {min(4, os.cpu_count())}               loader processes for each process
-"""
-FLAGS = f"""
-what to do, if not to train
---demo switch -                   everything on letters, offline; other flags go to its training
---prepare str -                   turn this tree of class folders into a dataset at --data-dir
---sample str -                    draw --labels or --captions from this checkpoint's EMA
---bench switch -                  time --model: plain, phase I, phase II, and sampling
-data
---data-dir str data/imagenet256   a prepared dataset
---resolution int 256              of the images that --prepare writes
---captions str+ -                 for --sample, what to draw; for --prepare, COCO's JSON file
-alignment
---model str SiT-XL/2              SiT- or DiT-[XS,S,B,L,XL]/[2,4,8], or MMDiT
---teacher --enc-type str dinov2_vitb14    dinov2_vit[s,b,l,g]14, also with _reg, or a file
---tau --early-stop-point tau -    the step where alignment stops, never, or auto (the paper's)
---tau-from int 50000              auto: the first measurement
---tau-every int 10000             auto: steps between measurements
---tau-images int 2048             auto: images in a measurement
---tau-cosine float -0.05          auto: stop below it
---lambda-r --proj-coeff float 0.5 weight of L_REPA
---lambda-a --attn-coeff float 0.5 weight of L_ATTA
---attention-blocks int+ -         the student's, from 0 (the paper's)
---teacher-blocks int+ -           their partners, from 0 of 12 (the paper's)
---encoder-depth int -             the block whose tokens are aligned, from 1 (the paper's)
-training
---output-dir str runs             where runs are
---exp-name str -                  the run's folder in it (the model's name)
---batch-size int 256              global batch, over all processes
---gradient-accumulation-steps int 1       parts of a batch, to save memory
---max-train-steps int 400000      where training ends
---learning-rate float 1e-4        of AdamW, constant
---max-grad-norm float 1.0         clip gradients to this norm; 0 does not
---ema-decay float 0.9999          of the weights that are sampled
---cfg-prob float 0.1              label dropout, for guidance
---log-every int 100               steps between lines of metrics.jsonl
---checkpointing-steps int 50000   steps between checkpoints
---sampling-steps int 10000        steps between grids of samples; 0 draws none
---wandb str -                     log to this project of Weights & Biases, too
-for --demo and --bench
---compare switch -                plain, REPA, attention and HASTE side by side
---seeds int 1                     runs of each of them, from --seed
---json str -                      the file in which --bench writes its figures, too
-sampling
---labels int+ -                   classes that --sample draws
---out str samples.png             the picture that --sample writes
-{SAMPLER_FLAGS.replace("--cfg-scale float 1.0", "--cfg-scale float 4.0")}"""
+DEFAULT_MODEL = "SiT-XL/2"
 
 
-def int_never_or_auto(text):
-    return text if text in ("never", "auto") else int(text)
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of a flag that has one."""
 
-def parse(program, flags, argv=None):
-    """The values of the flags in a table, which speaks the dialect of SiT, REPA and HASTE."""
-    kinds = {"int": int, "float": float, "str": str, "tau": int_never_or_auto}
-    group = parser = argparse.ArgumentParser(program, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for line in filter(None, flags.splitlines()):
-        columns = re.fullmatch(r"((?:--\S+ )+)(\w+)(\+?) (?:-|(\S+)) +(.*)|.*", line)
-        names, kind, several, default, text = columns.groups()
-        if not names:
-            group = parser.add_argument_group(line)
-        elif kind == "switch":
-            group.add_argument(*names.split(), action="store_true", help=text)
-        else:
-            group.add_argument(
-                *names.split(), type=kinds[kind], nargs=several or None, default=default, help=text)
+    def _get_help_string(self, action):
+        if action.default in (None, False):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a wrong flag by a UserError, without the list of all flags."""
+
+    def __init__(self, program):
+        super().__init__(program, formatter_class=HelpFormatter)
+
+    def error(self, message):
+        raise UserError(f"{message}; --help lists all flags")
+
+
+def number(kind, low, high=math.inf):
+    """The type of a flag: a finite int or float from low to high."""
+    def parse(text):
+        with suppress(ValueError):
+            value = kind(text)
+            if low <= value <= high and value != math.inf:
+                return value
+        name = "whole number" if kind is int else "number"
+        upper = f" to {high}" if high != math.inf else ""
+        raise argparse.ArgumentTypeError(f"{text} is not a {name} from {low}{upper}")
+    return parse
+
+
+def step_never_or_auto(text):
+    """The type of --tau."""
+    if text in ("never", "auto"):
+        return text
+    return number(int, 0)(text)
+
+
+COUNT = number(int, 1)
+COUNT_OR_0 = number(int, 0)
+WEIGHT = number(float, 0)
+SHARE = number(float, 0, 1)
+
+
+def add_sampler_flags(parser, cfg_scale):
+    """The flags that --sample, the grids of a run and evaluate.py share."""
+    add = parser.add_argument_group("sampler").add_argument
+    add("--mode", choices=("sde", "ode", "heun", "ddpm"), default="sde",
+        help="sde, ode or heun; a DiT has sde, or ddpm, its own")
+    add("--num-steps", type=COUNT, default=250, help="steps of the sampler")
+    add("--cfg-scale", type=WEIGHT, default=cfg_scale, help="guidance scale; 1 is no guidance")
+    add("--guidance-low", type=SHARE, default=0.0, help="guide if t is in [low, high]")
+    add("--guidance-high", type=SHARE, default=1.0, help="guide if t is in [low, high]")
+
+
+def add_common_flags(parser, precision_help, precision=None):
+    """The flags that haste.py and evaluate.py share."""
+    add = parser.add_argument_group("machine").add_argument
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="seed of all randomness")
+    add("--precision", choices=("bf16", "fp16", "fp32"), default=precision, help=precision_help)
+    add("--compile", action="store_true", help="compile the model's blocks")
+    add("--vae", help="an AutoencoderKL of diffusers, a name or a folder; none prepares pixels "
+                      "(default: Stable Diffusion's)")
+    add("--num-workers", type=COUNT_OR_0, default=min(4, os.cpu_count()),
+        help="loader processes for each process")
+
+
+def parse_args(argv=None):
+    """The values of haste.py's flags, which are named as in SiT, REPA and HASTE."""
+    parser = Parser("haste.py")
+    add = parser.add_argument_group("what to do, if not to train").add_argument
+    add("--demo", action="store_true", help="everything on letters, offline; other flags go to its training")
+    add("--compare", action="store_true", help="with --demo: plain, REPA, attention and HASTE side by side")
+    add("--seeds", type=COUNT, default=1, help="with --compare: runs of each of them, from --seed")
+    add("--prepare", metavar="IMAGES", help="turn this tree of class folders into a dataset at --data-dir")
+    add("--sample", metavar="CHECKPOINT", help="draw --labels or --captions from this checkpoint's EMA")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data-dir", default="data/imagenet256", help="a prepared dataset")
+    add("--resolution", type=COUNT, default=256, help="of the images that --prepare writes")
+    add("--captions", nargs="+", help="for --sample, what to draw; for --prepare, COCO's JSON file")
+
+    add = parser.add_argument_group("alignment").add_argument
+    add("--model", help=f"SiT- or DiT-[XS,S,B,L,XL]/[2,4,8], or MMDiT (default: {DEFAULT_MODEL})")
+    add("--teacher", "--enc-type", default="dinov2_vitb14", help="dinov2_vit[s,b,l,g]14, also with _reg, or a file")
+    add("--tau", "--early-stop-point", type=step_never_or_auto,
+        help="the step at which alignment stops, never, or auto (default: the paper's for the model)")
+    add("--tau-from", type=COUNT_OR_0, default=50_000, help="auto: the first measurement")
+    add("--tau-every", type=COUNT, default=10_000, help="auto: steps between measurements")
+    add("--tau-images", type=COUNT, default=2048, help="auto: images in a measurement")
+    add("--tau-cosine", type=number(float, -1, 1), default=-0.05, help="auto: stop below it")
+    add("--lambda-r", "--proj-coeff", type=WEIGHT, default=0.5, help="weight of L_REPA")
+    add("--lambda-a", "--attn-coeff", type=WEIGHT, default=0.5, help="weight of L_ATTA")
+    add("--attention-blocks", type=COUNT_OR_0, nargs="+", help="the student's, from 0 (default: the paper's)")
+    add("--teacher-blocks", type=number(int, 0, 11), nargs="+",
+        help="their partners, from 0 to 11 for a teacher of 12 blocks (default: the paper's)")
+    add("--encoder-depth", type=COUNT,
+        help="the block whose tokens are aligned, from 1 (default: the paper's)")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--output-dir", default="runs", help="output folder of all runs")
+    add("--exp-name", help="the run's folder in it (default: the model's name)")
+    add("--batch-size", type=COUNT, default=256, help="global batch, over all processes")
+    add("--gradient-accumulation-steps", type=COUNT, default=1, help="parts of a batch, to save memory")
+    add("--max-train-steps", type=COUNT, default=400_000, help="where training ends")
+    add("--learning-rate", type=WEIGHT, default=1e-4, help="of AdamW, constant")
+    add("--max-grad-norm", type=WEIGHT, default=1.0, help="clip gradients to this norm; 0 turns clipping off")
+    add("--ema-decay", type=SHARE, default=0.9999, help="of the weights that are sampled")
+    add("--cfg-prob", type=SHARE, default=0.1, help="label dropout, for guidance")
+    add("--log-every", type=COUNT, default=100, help="steps between lines of metrics.jsonl")
+    add("--checkpointing-steps", type=COUNT, default=50_000, help="steps between checkpoints")
+    add("--sampling-steps", type=COUNT_OR_0, default=10_000, help="steps between grids of samples; 0 draws none")
+    add("--wandb", metavar="PROJECT", help="log to this project of Weights & Biases, too")
+
+    add = parser.add_argument_group("sampling").add_argument
+    add("--labels", type=COUNT_OR_0, nargs="+", help="classes of --sample and of the grids (default: the first 8)")
+    add("--out", default="samples.png", help="the picture that --sample writes")
+
+    add_sampler_flags(parser, cfg_scale=4.0)
+    add_common_flags(parser, "default: bf16 on a GPU that has it, else fp16; fp32 on a CPU")
     return parser.parse_args(argv)
 
 
 class Output:
-    """A stream that nobody needs to read: a closed pipe or terminal does not end a run."""
+    """A stream whose write errors are ignored: a closed pipe or terminal does not end a run."""
 
     def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")
-        self.stream.reconfigure(errors="backslashreplace")      # where a terminal lacks a letter
+        self.stream = stream or open(os.devnull, "w")       # there is none after 2>&-
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
     def write(self, text):
-        with suppress(Exception):
+        try:
             self.stream.write(text)
             self.stream.flush()
+        except UnicodeEncodeError:      # the terminal lacks a letter
+            self.write(text.encode("ascii", "backslashreplace").decode())
+        except (OSError, ValueError):
+            # From now on the stream leads to nowhere, also when Python flushes it at its end.
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def flush(self):
-        """write has done it."""
+        """Does nothing: write has flushed."""
 
 
 @contextmanager
-def one_sentence(program):
+def exit_on_user_error(program):
     """Prints a user error as one sentence, and ends the program with exit code 1."""
+    streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
         yield
@@ -1380,21 +2155,30 @@ def one_sentence(program):
             dist.destroy_process_group()
     except KeyboardInterrupt:
         sys.exit(130)
+    except torch.OutOfMemoryError as e:
+        sys.exit(f"{program}: out of GPU memory: use --gradient-accumulation-steps, or a smaller --batch-size "
+                 f"({reason(e)})")
     except (UserError, OSError, dist.DistError) as e:
-        sys.exit(f"{program}: {str(e).split('UserError: ')[-1].strip()}")       # a loader's has a traceback
+        message = " ".join(str(e).split())
+        sys.exit(f"{program}: {message}")
+    finally:
+        sys.stdout, sys.stderr = streams
+
 
 def main(argv=None):
-    with one_sentence("haste.py"):
-        args = parse("haste.py", FLAGS, argv)
-        args.exp_name = args.exp_name or args.model.replace("/", "-")
-        if args.demo or args.bench:
+    """Runs the command line `argv`, and returns its exit code. Raises SystemExit with a sentence for an error."""
+    with exit_on_user_error("haste.py"):
+        args = parse_args(argv)
+        if args.demo:
             import evaluate
-            code = evaluate.demo(argv or sys.argv[1:]) if args.demo else evaluate.bench(args)
-        else:
-            code = prepare(args) if args.prepare else sample_from(args) if args.sample else train(args)
-    sys.exit(code)
+            return evaluate.demo(sys.argv[1:] if argv is None else argv)
+        if args.prepare:
+            return prepare(args)
+        if args.sample:
+            return sample_from(args)
+        return train(args)
 
 
 if __name__ == "__main__":
-    sys.modules["haste"] = sys.modules["__main__"]      # evaluate.py imports this module, not a second one
-    main()
+    import haste        # evaluate.py imports this module, too, and must meet the same one
+    sys.exit(haste.main())

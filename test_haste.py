@@ -141,7 +141,7 @@ def count_parameters(name):
 
 def parse(line, *more):
     """The values of haste.py's flags."""
-    return haste.parse("haste.py", haste.FLAGS, [*line.split(), *map(str, more)])
+    return haste.parse_args([*line.split(), *map(str, more)])
 
 def prepare(source, out, *more):
     """Prepares images as pixels of 8 x 8."""
@@ -214,7 +214,7 @@ def test_released_code_gives_the_same_figures(monkeypatch):
     t, y = torch.tensor([0.3, 0.8]), torch.tensor([3, 7])
     maps = [(frozen(40 + i, 2, 12, 256, 64), frozen(60 + i, 2, 12, 256, 64)) for i in range(4)]
     diff, repa, atta = haste.losses(
-        model, haste.Flow, x, eps, t, y, (frozen(3, 2, 256, 48), maps), 1, 1
+        model, haste.Flow(), x, eps, t, y, (frozen(3, 2, 256, 48), maps), 1, 1
     )
     assert [diff.item(), repa.item(), atta.item()] == near([3.124647, -0.002397, 5.951766])
     (diff + 0.5 * repa + 0.5 * atta).backward()
@@ -323,11 +323,14 @@ def test_teacher_blocks_keep_their_distance_from_the_last(tmp_path):
 class GaussianVelocity(nn.Module):
     """The exact velocity of data from N(0, 1/4): E[eps - x0 | x_t]."""
 
-    process, null_label = haste.Flow, 3
+    diffusion, can_be_guided, guided_channels = haste.Flow(), True, 4
 
     def __init__(self):
         super().__init__()
         self.calls = []
+
+    def null_condition(self, y):
+        return torch.full_like(y, 3)
 
     def forward(self, x, t, y):
         self.calls.append((len(x), t[0].item(), y.tolist()))
@@ -413,7 +416,7 @@ def test_attention_loss_is_finite_at_logit_gaps_past_100(dtype):
 def test_diffusion_loss_by_hand_and_terms_of_weight_0_left_out():
     model, y, t = awake(tiny_model()), torch.tensor([1, 2]), torch.tensor([0.25, 0.75])
     x0, eps = torch.randn(2, 2, 3, 8, 8)
-    given = model, haste.Flow, x0, eps, t, y
+    given = model, haste.Flow(), x0, eps, t, y
     s = t.view(2, 1, 1, 1)
     naive = (model((1 - s) * x0 + s * eps, t, y) - eps + x0).square().mean()
     target = haste.Teacher(tiny_vit(), (1, 2), 4)(tensor_of(bytes_of(2)))
@@ -430,7 +433,7 @@ def test_diffusion_loss_by_hand_and_terms_of_weight_0_left_out():
 class OneWeight(nn.Module):
     """v = w everywhere, z = (w, 1): with features (1, 0), alignment wants a larger w, L_diff w = eps - x0."""
 
-    process, feature_block = haste.Flow, 1
+    diffusion, feature_block = haste.Flow(), 1
 
     def __init__(self):
         super().__init__()
@@ -476,9 +479,9 @@ def test_order_is_one_permutation_after_another_on_any_number_of_processes():
     assert sum((a + b for a, b in halves), []) == whole
 
 def test_noise_is_a_function_of_seed_and_step():
-    t, u, eps, xi = a = haste.draw(8, (1, 2, 2), 0, 5)
-    assert all(map(torch.equal, a, haste.draw(8, (1, 2, 2), 0, 5)))
-    assert not any(map(torch.equal, a, haste.draw(8, (1, 2, 2), 0, 6)))
+    t, u, eps, xi = a = haste.randomness(8, (1, 2, 2), 0, 5)
+    assert all(map(torch.equal, a, haste.randomness(8, (1, 2, 2), 0, 5)))
+    assert not any(map(torch.equal, a, haste.randomness(8, (1, 2, 2), 0, 6)))
     assert 0 <= t.min() and t.max() < 1 and not torch.equal(eps, xi)
 
 def test_crop_is_adms():
@@ -494,11 +497,11 @@ def test_exif_orientation_is_heeded_even_beside_damaged_tags(damaged):
     if damaged:
         image.getexif()[0x011A] = "not a number"
         image.info["exif"] = b"rubbish"
-    assert haste.upright(image).size == (2, 4)
+    assert haste.to_rgb(image).size == (2, 4)
 
 def test_grey_images_of_16_bits_keep_their_levels():
     image = Image.fromarray(np.array([[0, 257, 65535]], np.uint16))
-    assert np.asarray(haste.upright(image))[0].tolist() == [[0] * 3, [1] * 3, [255] * 3]
+    assert np.asarray(haste.to_rgb(image))[0].tolist() == [[0] * 3, [1] * 3, [255] * 3]
 
 def test_prepare_writes_repas_layout_and_names_what_it_leaves_out(tmp_path, capsys):
     source = tmp_path / "source"
@@ -1150,7 +1153,7 @@ def test_dits_code_gives_the_same_figures(monkeypatch):
     t, y = torch.tensor([0, 0.0375, 0.8]), torch.tensor([3, 7, 1])
 
     def loss(i):
-        return haste.losses(model, haste.DDPM, x0[i], eps[i], t[i], y[i], None, 1, 1)[0]
+        return haste.losses(model, haste.DDPM(), x0[i], eps[i], t[i], y[i], None, 1, 1)[0]
 
     assert [loss([i]).item() for i in range(3)] == near([4.971220, 2.421021, 2.295545], 1e-5)
     loss(slice(3)).backward()
@@ -1167,7 +1170,7 @@ def test_dits_code_gives_the_same_figures(monkeypatch):
 
 def test_time_becomes_one_of_dits_1000_timesteps():
     def timesteps(t):
-        return haste.DDPM.add_noise(x, x, t)[1].tolist()
+        return haste.DDPM().add_noise(x, x, t)[1].tolist()
 
     x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     drawn = timesteps(torch.rand(100_000, generator=torch.Generator().manual_seed(0)))
@@ -1201,7 +1204,7 @@ def test_respaced_schedule_against_bayes(steps):
 class GaussianNoise(GaussianVelocity):
     """The exact noise in data from N(0, 1/4), E[eps | x_t], of label 0; half of it for the null label."""
 
-    process = haste.DDPM
+    diffusion, guided_channels = haste.DDPM(), 3
 
     def forward(self, x, t, y):
         self.calls.append((len(x), t[0].item()))
@@ -1263,7 +1266,7 @@ def test_text_is_never_supervised_and_no_parameter_is_unused():
     target = haste.Teacher(tiny_vit(), (8, 9, 10, 11), 4)(tensor_of(bytes_of(2)))
     x0, eps = torch.randn(2, 2, 3, 8, 8)
     y = torch.randn(2, 5, 768)
-    diff, _, atta = haste.losses(model, haste.Flow, x0, eps, torch.rand(2), y, target, 1, 1)
+    diff, _, atta = haste.losses(model, haste.Flow(), x0, eps, torch.rand(2), y, target, 1, 1)
     atta.backward(retain_graph=True)
     for name, p in model.named_parameters():
         if ".context_block." in name:
@@ -1337,7 +1340,7 @@ def test_mmdit_trains_through_tau_resumes_and_draws_captions(world, clip, coco, 
 
 # ---- evaluate.py: the network and the metrics --------------------------------------------------------------
 
-SMALL = {"POOL": 24, "SPATIAL": 20, "LOGITS": 12}
+SMALL = {"POOL_DIM": 24, "SPATIAL_DIM": 20, "LOGITS_DIM": 12}
 
 class TinyInception(nn.Module):
     """Stands in for the Inception: 24, 20 and 12 features."""
@@ -1357,7 +1360,7 @@ def tiny(monkeypatch):
         monkeypatch.setattr(evaluate, name, value)
 
 def parse_evaluate(*argv):
-    return haste.parse("evaluate.py", evaluate.FLAGS, ["--num-workers", "0", *map(str, argv)])
+    return evaluate.parse_args(["--num-workers", "0", *map(str, argv)])
 
 def score(*argv):
     return evaluate.evaluate(parse_evaluate(*argv))
@@ -1387,7 +1390,7 @@ def test_resize_is_tensorflow_1s_to_the_bit(height, width):
 def naive_score(logits):
     """Split by split, with softmax as it is written."""
     scores = []
-    for part in np.split(logits, range(evaluate.SPLIT, len(logits), evaluate.SPLIT)):
+    for part in np.split(logits, range(evaluate.SPLIT_SIZE, len(logits), evaluate.SPLIT)):
         p = np.exp(part) / np.exp(part).sum(1, keepdims=True)
         scores.append(np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean()))
     return np.mean(scores)
@@ -1455,7 +1458,7 @@ def test_frechet_distance_is_exact_also_without_full_rank(n, m):
 
 @pytest.mark.parametrize("n", [60, 50, 20])
 def test_metrics_are_those_of_the_formulas_in_full_fp32(tiny, tmp_path, monkeypatch, n):
-    monkeypatch.setattr(evaluate, "SPLIT", 25)
+    monkeypatch.setattr(evaluate, "SPLIT_SIZE", 25)
     x, y = bytes_of(n), bytes_of(50, 1) // 2 + 60
     got = compare(tmp_path, x, y, "--batch-size", 7)
     assert got == pytest.approx(naive_metrics(TinyInception(), x, y), rel=1e-6)
@@ -1509,7 +1512,7 @@ def test_a_reference_that_make_ref_wrote_gives_the_same_figures(tiny, tmp_path, 
     score("--samples", real, "--ref", ref, "--no-prec-recall")
 
 def test_what_makes_a_fid_incomparable_is_printed_and_stored(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "SPLIT", 10)
+    monkeypatch.setattr(evaluate, "SPLIT_SIZE", 10)
     ref = save_npz(tmp_path / "ref.npz", bytes_of(20))
     (tmp_path / "samples" / "class").mkdir(parents=True)
     for i, array in enumerate(bytes_of(12, 1, (8, 12))):
@@ -1546,7 +1549,7 @@ def drawing(tmp_path):
 @pytest.fixture
 def drawn(monkeypatch):
     """The list to which each batch of samples that is drawn will be added."""
-    return record_calls(monkeypatch, evaluate.Samples, "draw")
+    return record_calls(monkeypatch, evaluate.Sampler, "sample")
 
 def read_folder(folder):
     """The bytes of each file, by name."""
@@ -1578,23 +1581,23 @@ def test_the_protocol_is_printed_and_stored(tiny, drawing, tmp_path, capsys):
 
 def test_samples_are_the_emas_and_a_function_of_seed_and_batch(tiny, drawing):
     score(*drawing)
-    samples = evaluate.Samples(parse_evaluate(*drawing, "--precision", "fp32"))
+    samples = evaluate.Sampler(parse_evaluate(*drawing, "--precision", "fp32"))
     assert same(samples.model.state_dict(), torch.load(samples.args.ckpt)["ema"])
     third = evaluate.Folder(samples.folder)[range(8, 12)]
-    assert torch.equal(third, samples.draw(range(8, 12)))
+    assert torch.equal(third, samples.sample(range(8, 12)))
     samples.args.seed = 1
-    assert not torch.equal(third, samples.draw(range(8, 12)))
+    assert not torch.equal(third, samples.sample(range(8, 12)))
 
 def test_the_sde_does_not_draw_its_starting_noise_again(drawing, monkeypatch):
-    samples, seen = evaluate.Samples(parse_evaluate(*drawing, "--precision", "fp32")), []
+    samples, seen = evaluate.Sampler(parse_evaluate(*drawing, "--precision", "fp32")), []
 
     def sample(model, noise, *more):
         seen.extend([noise, torch.randn_like(noise)])
         return noise
 
     monkeypatch.setattr(haste, "sample", sample)
-    samples.draw(range(4))
-    samples.draw(range(4, 8))
+    samples.sample(range(4))
+    samples.sample(range(4, 8))
     assert (torch.corrcoef(torch.stack(seen).flatten(1)).abs() - torch.eye(4)).max() < 0.2
 
 def test_only_missing_samples_are_drawn_and_the_figures_stay(tiny, drawing, drawn, tmp_path):
@@ -1644,7 +1647,7 @@ def test_two_processes_draw_and_measure_what_one_does(tiny, drawing, tmp_path):
 
 @pytest.mark.parametrize("more", [[], ["--balanced"]])
 def test_labels_are_in_random_order_and_balanced_only_if_asked_for(drawing, more):
-    y = evaluate.Samples(parse_evaluate(*drawing, "--num-samples", 4000, *more)).labels
+    y = evaluate.Sampler(parse_evaluate(*drawing, "--num-samples", 4000, *more)).labels
     counts, pairs = np.bincount(y), np.bincount(4 * y[:-1] + y[1:], minlength=16)
     assert (counts.tolist() == [1000] * 4) == bool(more)
     assert np.abs(counts - 1000).max() < 137  # five standard deviations, as below
@@ -1669,7 +1672,7 @@ def test_an_mmdit_draws_the_first_captions_of_a_dataset(monkeypatch):
 
     monkeypatch.setattr(haste, "encode_captions", encode)
     flags = "--ckpt m.pt --captions-from D --num-samples 4 --cfg-scale 2 --num-steps 2".split()
-    evaluate.Samples(parse_evaluate(*flags, "--precision", "fp32")).draw(range(4))
+    evaluate.Sampler(parse_evaluate(*flags, "--precision", "fp32")).draw(range(4))
     assert texts[0] == [""] and sorted(texts[1]) == ["one", "one", "three", "three"]
 
 
@@ -1751,9 +1754,9 @@ def hasty(tiny, monkeypatch, tmp_path):
         evaluate, "draw_letters", lambda n, seed: letters(1100 if seed == 2 else 100, seed)
     )
     monkeypatch.setattr(evaluate, "fit", lambda net, loss, data, steps: fit(net, loss, data, 2))
-    monkeypatch.setattr(evaluate, "DRAWING", "--num-steps 2 --cfg-scale 2")
+    monkeypatch.setattr(evaluate, "SAMPLE_FLAGS", "--num-steps 2 --cfg-scale 2")
     monkeypatch.setattr(
-        evaluate, "MEASURED", "--num-samples 10 --mode heun --num-steps 2 --num-workers 0"
+        evaluate, "MEASURE_FLAGS", "--num-samples 10 --mode heun --num-steps 2 --num-workers 0"
     )
     return "--demo --tau 1 --max-train-steps 2 --checkpointing-steps 1 --sampling-steps 0".split()
 
@@ -1765,20 +1768,6 @@ def test_the_demo_is_a_row_of_ordinary_commands(hasty, capsys):
     assert (printed.count("the classifier reads"), printed.count("\nrecall ")) == (3, 1)
     assert [json.loads(line)["phase"] for line in (home / "metrics.jsonl").open()] == [1, 2]
     assert (home / "demo.png").is_file()
-
-def test_the_benchs_plain_network_is_the_models():
-    model = awake(haste.build_model("SiT-XS/4", input_size=8))
-    given = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 999])
-    assert torch.allclose(evaluate.Plain(model)(*given), model(*given), atol=1e-6)
-
-def test_the_bench_reports_times_rates_and_ratios(world, tmp_path):
-    path = tmp_path / "bench.json"
-    flags = "--bench --model SiT-XS/2 --resolution 64 --batch-size 2"
-    evaluate.bench(parse(flags, "--teacher", world / "teacher.pt", "--json", path))
-    report = json.loads(path.read_text())
-    rows = report["rows"]
-    assert report["phase2_over_plain"] == rows["phase II"]["over_plain"]
-    assert report["phase1_over_expected"] < rows["phase I"]["over_plain"]
 
 def test_the_comparison_trains_and_measures_each_variant_once(hasty, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "VARIANTS", {"plain": "--tau 0", "HASTE": ""})
