@@ -674,7 +674,7 @@ def read_labels(path):
         if not labels:
             raise ValueError("there are none")
         names = sorted(labels)
-        values = np.array([labels[name] for name in names])
+        values = np.array(list(map(labels.get, names)))
         values = values.astype(np.float64)      # they may be numbers, their text, or true and false
         wrong = np.flatnonzero((values < 0) | (values % 1 != 0))
         if len(wrong):
@@ -700,9 +700,7 @@ class Data(Dataset):
         if not (root / "dataset.json").is_file():
             raise UserError(f"no dataset in {folder}: make one with --prepare IMAGES --data-dir {folder}")
         self.names, self.labels, metadata = read_labels(root / "dataset.json")
-        self.image_names = self.names
-        if self.latents:
-            self.image_names = self.find_image_names()
+        self.image_names = self.find_image_names(metadata)
 
         # The labels that occur, and the names of all classes up to the largest.
         self.trained_labels = np.unique(self.labels).tolist()
@@ -721,7 +719,7 @@ class Data(Dataset):
 
         # The first of all files has the shape that the others must have, too.
         self.shapes = {}
-        self.with_images = (self.images / self.image_names[0]).is_file()
+        self.with_images = (self.images / self.image_name(0)).is_file()
         first = self[0]
         self.with_images = False
         channels, *size = first["moments" if self.latents else "image"].shape
@@ -730,16 +728,23 @@ class Data(Dataset):
             raise UserError(f'{root}/dataset.json does not name a VAE of {channels // 2} channels: '
                             f'add "vae" and "scale"')
 
-    def find_image_names(self):
-        """The names of the images of which the latents were made."""
+    def find_image_names(self, metadata):
+        """The names of the images, or None if they are as those of the latents."""
+        if not self.latents:
+            return self.names
+        # --prepare gives an image and its latent one number. REPA's encode counts anew; then both listings
+        # are in the same order, and so are the labels.
         listing = self.images / "dataset.json"
-        if listing.is_file():
-            # Whoever encodes images may count them anew; then both are in the same order, and so are labels.
+        if "vae" not in metadata and listing.is_file():
             names, labels, _ = read_labels(listing)
             if np.array_equal(labels, self.labels):
                 return names
-        names = np.char.replace(self.names, "img-mean-std-", "img")
-        return np.char.replace(names, ".npy", ".png")
+        return None
+
+    def image_name(self, i):
+        if self.image_names is not None:
+            return self.image_names[i]
+        return self.names[i].replace("img-mean-std-", "img").replace(".npy", ".png")
 
     def __len__(self):
         return len(self.names)
@@ -755,7 +760,7 @@ class Data(Dataset):
                 raise UserError(f"{path} holds values that are not finite: encode it again")
             item["moments"] = self.check_shape(path, moments)
         if self.with_images or not self.latents:
-            path = self.images / self.image_names[i]
+            path = self.images / self.image_name(i)
             with user_error(f"{path} cannot be read"):
                 image = to_tensor(to_rgb(Image.open(path)))
             item["image"] = self.check_shape(path, image)
