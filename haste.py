@@ -42,7 +42,7 @@ import sys
 import time
 import zipfile
 from collections import namedtuple
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import cache, lru_cache, partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -113,6 +113,7 @@ CONFIGS = {
     "XL": Config(    28, 1152,   16, (4, 5, 6, 7),      8,     2048, (8, 9, 10, 11), 250_000),
     "MMDiT": Config( 24,  768,   24, (4, 5, 6, 7),      8,     2048, (8, 9, 10, 11), 200_000),
 }
+# Blocks scale and shift by adaLN, so that their norms have no weights of their own.
 LayerNorm = partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)
 
 
@@ -208,6 +209,7 @@ class LabelEmbedder(nn.Module):
 
 def sincos_positions(dim, side):
     """Fixed positions (1, side^2, dim): sines and cosines of the column, then of the row."""
+    # A quarter of the width for each of sine and cosine, of column and row.
     omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.outer(torch.arange(side, dtype=torch.float64), omega)
     waves = torch.cat([angles.sin(), angles.cos()], dim=1).float()      # (side, dim / 2)
@@ -219,6 +221,7 @@ def sincos_positions(dim, side):
 def unpatchify(x, patch):
     """Tokens (B, N, patch^2 C) -> (B, C, S, S)."""
     side = math.isqrt(x.shape[1])
+    # h and w count the patches; p and q are the rows and columns within one.
     x = x.view(len(x), side, side, patch, patch, -1)
     x = torch.einsum("bhwpqc->bchpwq", x)
     return x.reshape(len(x), -1, side * patch, side * patch)
@@ -258,8 +261,9 @@ class SiT(nn.Module):
         self.attention_blocks = attention_blocks
         self.feature_block = feature_block
         self.diffusion = Flow()                 # section 3
-        self.guided_channels = in_channels      # on how many of its channels guidance acts
-        self.can_be_guided = True               # false if it was trained without label dropout
+        # Guidance acts on this many channels, and not at all on a model that was trained without label dropout.
+        self.guided_channels = in_channels
+        self.can_be_guided = True
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -295,7 +299,8 @@ class SiT(nn.Module):
         for block in self.blocks:
             x, qk = block(x, c)
             if align:
-                states.append((x, qk))      # no copies: the backward pass needs these tensors, too
+                # These are no copies: the backward pass needs the tensors, too.
+                states.append((x, qk))
         v = unpatchify(self.final_layer(x, c), self.patch_size)
         if not align:
             return v
@@ -309,7 +314,7 @@ class SiT(nn.Module):
         return z, [states[i][1] for i in self.attention_blocks]
 
     def null_condition(self, y):
-        """The condition of an unconditional sample, in the shape of y: the null label (Ho and Salimans, 2021)."""
+        """The null label in the shape of y, for unconditional samples (Ho and Salimans, 2021)."""
         return torch.full_like(y, self.num_classes)
 
 
@@ -337,9 +342,11 @@ class Teacher(nn.Module):
         # Positions are resampled once. Those of class and register tokens, if they have any, come first.
         prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches
         vit.pos_embed.data = resample_abs_pos_embed(vit.pos_embed.data, [grid, grid], num_prefix_tokens=prefix)
-        vit.patch_embed.grid_size = (grid, grid)    # so that timm does not resample them again
+        # With this timm does not resample them again.
+        vit.patch_embed.grid_size = (grid, grid)
         self.vit = vit.eval().requires_grad_(False)
 
+        # DINOv2's attention does not return its maps, and a fused kernel never forms them.
         # Hooks keep the output of qkv, so that the hub's code stays as it is.
         self.qkv = {}
         for b in blocks:
@@ -354,7 +361,8 @@ class Teacher(nn.Module):
         x = (images - self.mean) / self.std
         x = F.interpolate(x, self.size, mode="bicubic")
         features = self.vit.forward_features(x)
-        if isinstance(features, dict):      # of the hub's DINOv2
+        # The hub's DINOv2 returns a dictionary.
+        if isinstance(features, dict):
             features = features["x_norm_patchtokens"]
         # The last N tokens are the patches; class and register tokens come before them. To cut these from q
         # and k is to cut their rows and columns from the logits, so that the maps are of the patches alone.
@@ -363,7 +371,8 @@ class Teacher(nn.Module):
         for b in self.blocks:
             attn = self.vit.blocks[b].attn
             q, k, _ = split_heads(self.qkv.pop(b)[:, -N:], attn.num_heads)
-            if hasattr(attn, "q_norm"):     # of timm
+            # In timm's ViTs, q and k may have norms of their own.
+            if hasattr(attn, "q_norm"):
                 q, k = attn.q_norm(q), attn.k_norm(k)
             qk.append((q, k))
         return features[:, -N:], qk
@@ -419,6 +428,7 @@ class Flow:
 
     # L_diff = mean (v(x_t, t) - (eps - x0))^2
     def loss(self, v, x0, eps, x_t, t):
+        """v, x0, eps (B, C, S, S) -> L_diff, a scalar. x_t and t are for models that learn something else."""
         return ((v - (eps - x0)) ** 2).mean()
 
     # The ODE is dx = v dt. With w = 2 t and the score s = -(x + (1 - t) v) / t, the SDE is
@@ -432,12 +442,14 @@ class Flow:
         for i in tqdm(range(steps), desc="sampling", disable=RANK > 0, leave=False):
             t, t_next = times[i], times[i + 1]
             dt = t_next - t
+            # Whether an evaluation is guided is decided by the time at which the step begins.
             v = velocity(x, t, t_guide=t)
             if mode == "sde":
                 w = 2 * t
                 score = -(x + (1 - t) * v) / t
                 x = x + (v - 0.5 * w * score) * dt
-                if t_next > 0:      # no noise in the last step
+                # There is no noise in the last step.
+                if t_next > 0:
                     x = x + math.sqrt(w * -dt) * torch.randn_like(x)
             elif mode == "heun" and t_next > 0:
                 v_next = velocity(x + v * dt, t_next, t_guide=t)
@@ -529,7 +541,8 @@ Batch = namedtuple("Batch", "x0 eps t y target")
 
 
 def losses(net, diffusion, x0, eps, t, y, target=None, lambda_r=0.5, lambda_a=0.5):
-    """A batch -> the terms of the objective, L_diff, L_REPA and L_ATTA, not weighted; those of weight 0 are 0."""
+    """A batch -> L_diff, L_REPA and L_ATTA, the terms of the objective L, not weighted; those of weight 0 are 0."""
+    # The phases differ in what follows, and nowhere else: phase II forms neither z nor q and k.
     x_t, t = diffusion.add_noise(x0, eps, t)
     repa = x0.new_zeros(())
     atta = x0.new_zeros(())
@@ -578,7 +591,8 @@ def measure_cosines(model, teacher, data, args, step, size):
     """
     chosen = permutation(len(data), args.seed, step, 1)[:args.tau_images]
     _, u, eps, xi = randomness(len(chosen), data.shape, args.seed, step, 1)
-    mine = range(RANK, len(chosen), WORLD_SIZE)     # this process's share of the images
+    # Each process takes its share of the images.
+    mine = range(RANK, len(chosen), WORLD_SIZE)
     P = sum(p.numel() for p in model.blocks[model.feature_block - 1].parameters())
     total = torch.zeros(len(TRIGGER_TIMES), 2, P, device=DEVICE)
     for start in range(0, len(mine), size):
@@ -620,7 +634,8 @@ def list_images(folder):
     images, others, seen = [], [], set()
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
-        if real in seen:        # a link to a folder above it
+        # A link can lead to a folder above it.
+        if real in seen:
             folders.clear()
             continue
         seen.add(real)
@@ -675,7 +690,8 @@ def read_labels(path):
             raise ValueError("there are none")
         names = sorted(labels)
         values = np.array(list(map(labels.get, names)))
-        values = values.astype(np.float64)      # they may be numbers, their text, or true and false
+        # Labels may be numbers, their text, or true and false.
+        values = values.astype(np.float64)
         wrong = np.flatnonzero((values < 0) | (values % 1 != 0))
         if len(wrong):
             name = names[wrong[0]]
@@ -693,7 +709,8 @@ class Data(Dataset):
         self.images = Path(folder, "images")
         self.latents = Path(folder, "vae-sd")
         if not self.latents.is_dir():
-            self.latents = None     # the model learns pixels
+            # Without latents, the model learns pixels.
+            self.latents = None
         root = self.latents or self.images
         if self.latents and not (root / "dataset.json").is_file():
             raise UserError(f"{root} has no dataset.json, so it is not complete: run --prepare again")
@@ -723,7 +740,8 @@ class Data(Dataset):
         first = self[0]
         self.with_images = False
         channels, *size = first["moments" if self.latents else "image"].shape
-        self.shape = (channels // 2 if self.latents else channels, *size)       # of a clean sample x0
+        # The shape of a clean sample x0.
+        self.shape = (channels // 2 if self.latents else channels, *size)
         if self.vae == VAE_ENCODER and channels != 8:
             raise UserError(f'{root}/dataset.json does not name a VAE of {channels // 2} channels: '
                             f'add "vae" and "scale"')
@@ -797,6 +815,7 @@ def to_device(batch):
 # All randomness is a function of (seed, step, position in the global batch). A resumed run, or one on another
 # number of processes, sees the same images in the same order, with the same times and noise.
 
+# A batch can span the end of one permutation and the start of the next.
 @lru_cache(maxsize=2)
 def permutation(n, *key):
     return np.random.default_rng(key).permutation(n)
@@ -812,6 +831,7 @@ def batch_indices(n, seed, batch_size, rows, steps):
 
 def randomness(n, shape, *key):
     """For a global batch of n: t and u (n,), uniform in [0, 1), and eps and xi (n, *shape), from N(0, 1)."""
+    # Every process draws for the whole batch and takes its rows, so that their number does not matter.
     seed = int(np.random.default_rng(key).integers(2 ** 63))
     generator = torch.Generator(DEVICE).manual_seed(seed)
     t, u = torch.rand(2, n, generator=generator, device=DEVICE)
@@ -834,7 +854,8 @@ def load_batches(loader):
     finally:
         if loader.num_workers > 0:
             batches._shutdown_workers()
-            for worker in batches._workers:     # one that still waits for a file
+            # One that still waits for a file needs a signal that it cannot ignore.
+            for worker in batches._workers:
                 worker.kill()
 
 
@@ -863,7 +884,8 @@ def list_classes(source, names, others, captions):
     advice = f"--prepare {source} must name a folder with one folder of images for each class"
     if not names:
         raise UserError(f"{advice}: it has no images, and {len(others)} other files")
-    if captions:        # COCO's images are in one folder
+    # COCO's images are all in one folder.
+    if captions:
         return classes.tolist(), labels
     if "" in classes:
         raise UserError(f"{advice}: {top_folders.count('')} images are in none; "
@@ -914,10 +936,12 @@ def prepare(args):
     begin_prepare(out, {"names": digest, "vae": args.vae, "resolution": args.resolution})
 
     # --- images, and their latents: what is missing of them
-    template = NPY if vae else PNG      # of what is written last for an image
+    # What is written last for an image tells whether it is done.
+    template = NPY if vae else PNG
     paths = [out / template.format(i // 1000, i) for i in range(len(names))]
     missing = [i for i, path in enumerate(paths) if not path.is_file()]
-    barrier()       # all processes have looked before one writes
+    # All processes have looked before one writes.
+    barrier()
     loader = DataLoader(missing[RANK::WORLD_SIZE], batch_size=32, num_workers=args.num_workers,
                         collate_fn=partial(write_crops, source, names, out, args.resolution))
     with tqdm(load_batches(loader), total=len(loader), disable=RANK > 0) as bar:
@@ -967,7 +991,8 @@ def join_processes(args):
     if WORLD_SIZE > 1 and not dist.is_initialized():
         with user_error("the processes cannot find each other: start them with torchrun"):
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    torch.set_float32_matmul_precision("high")      # TF32 for what is multiplied in fp32
+    # On a GPU, fp32 is multiplied in TF32.
+    torch.set_float32_matmul_precision("high")
 
     # Where bf16 is emulated it is slower than fp32.
     if cuda:
@@ -977,7 +1002,8 @@ def join_processes(args):
     args.teacher_precision = args.precision
     if args.precision is None:
         fast = "bf16" if has_bf16 else "fp16" if cuda else "fp32"
-        args.teacher_precision = fast           # the frozen teacher needs no more, on a CPU neither
+        # The frozen teacher needs no more, on a CPU neither.
+        args.teacher_precision = fast
         args.precision = fast if cuda else "fp32"
 
 
@@ -1004,6 +1030,7 @@ def barrier():
 @contextmanager
 def first_process_first():
     """Rank 0 enters first, then the first process of each node, then the others: downloads happen once."""
+    # Each process passes two barriers: those before its turn, and then those of the later turns.
     turn = 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
     for _ in range(turn):
         barrier()
@@ -1012,6 +1039,7 @@ def first_process_first():
         barrier()
 
 
+# Clusters send these before they end a job; a terminal sends SIGINT for Ctrl-C, and SIGHUP when it is closed.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
                 if hasattr(signal, name)]
 
@@ -1029,7 +1057,8 @@ class StopSignals:
     def __enter__(self):
         self.before = {}
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores SIGHUP
+            # nohup ignores SIGHUP, and it stays ignored.
+            if signal.getsignal(number) != signal.SIG_IGN:
                 self.before[number] = signal.signal(number, self.handle)
         return self
 
@@ -1038,6 +1067,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def handle(self, number, frame):
+        # Python runs this between two instructions of the main thread, also while it waits for a batch.
         second = self.caught and number == signal.SIGINT
         self.caught = True
         if self.waiting or second:
@@ -1078,7 +1108,8 @@ def atomic_write(path):
 def lock_folder(folder):
     """Keeps other runs out of a folder for as long as the file that it returns is open. Raises UserError."""
     file = open(folder / ".lock", "w")
-    with suppress(ImportError):     # Windows has no fcntl
+    # Windows has no fcntl; there, runs are not kept apart.
+    with suppress(ImportError):
         import fcntl
         try:
             # The system drops the lock with the process, however it ends; loader processes do not inherit it.
@@ -1110,7 +1141,8 @@ def build_model(name, **sizes):
     """The model of that name; sizes are arguments of its class, and override those of CONFIGS."""
     model_class, config, patch = parse_name(name)
     arguments = config._asdict()
-    del arguments["teacher_blocks"], arguments["tau"]       # these are the teacher's and the run's
+    # These two are not the model's but the teacher's and the run's.
+    del arguments["teacher_blocks"], arguments["tau"]
     arguments |= {"patch_size": patch}
     return model_class(**arguments | sizes)
 
@@ -1153,6 +1185,7 @@ def read_checkpoint(path, name=None):
         ema = saved.get("ema") or model
         result = {"model": clean_weights(model), "ema": clean_weights(ema)}
 
+    # The name of the model decides by which convention the weights are read.
     if not args.get("model"):
         if not name:
             raise UserError(f"{path} does not name its model: use --model, such as --model SiT-XL/2")
@@ -1167,9 +1200,11 @@ def read_checkpoint(path, name=None):
         for state in (result["model"], result["ema"]):
             if model_class is SiT and is_of_sit(state, args):
                 convert_sit(state)
-                args["guided_channels"] = 3     # as in SiT's code
+                # SiT's code guides three of its four channels.
+                args["guided_channels"] = 3
             if model_class is not MMDiT and lacks_null_label(state, args):
-                args["cfg_prob"] = 0            # so that it is not guided
+                # Without label dropout, it cannot be guided.
+                args["cfg_prob"] = 0
     steps = saved.get("steps", int(path.stem) if path.stem.isdecimal() else None)
     result |= {"args": args, "steps": steps}
     return result | {key: saved.get(key) for key in ("opt", "scaler", "tau")}
@@ -1212,6 +1247,7 @@ def lacks_null_label(state, args):
 
 def load_state(model, state, path):
     """Loads weights; a missing projector stays as it is. Raises UserError with the first key that differs."""
+    # One bad weight would make every loss and every sample NaN, far from its cause.
     for key, x in state.items():
         if not x.isfinite().all():
             raise UserError(f"{path}: the weight {key} is not finite")
@@ -1239,7 +1275,8 @@ def load_ema(path, name=None):
     load_state(model, state, path)
     model.can_be_guided = args.get("cfg_prob") != 0
     model.guided_channels = args.get("guided_channels", model.guided_channels)
-    if "scale" not in args:     # not ours: latents of Stable Diffusion's VAE, or pixels
+    # Other people's latents are those of Stable Diffusion's VAE.
+    if "scale" not in args:
         args |= {"vae": VAE_ENCODER if channels != 3 else None, "scale": VAE_SCALE}
     warn_of_young_ema(args.get("ema_decay", 0), saved["steps"])
     return model.to(DEVICE).eval(), args
@@ -1249,8 +1286,8 @@ def warn_of_young_ema(decay, steps):
     """Says so if the EMA, of which samples are drawn, still holds much of the initial weights."""
     share = decay ** steps if steps is not None else 0
     if share > 0.1:
-        print0(f"note: after {steps} steps {share:.0%} of the EMA are still the weights from before training, so "
-               f"samples may be noise: train longer, or with a lower --ema-decay than {decay}")
+        print0(f"note: after {steps} steps {share:.0%} of the EMA are still the weights from before training, "
+               f"so samples may be noise: train longer, or with a lower --ema-decay than {decay}")
 
 
 def newest_checkpoint(folder):
@@ -1258,7 +1295,8 @@ def newest_checkpoint(folder):
 
     Checkpoints are the files with a step as their name, such as 0050000.pt; other files are left alone.
     """
-    for part in folder.glob("*.pt.part"):       # of a save that was killed
+    # A save that was killed leaves a part of a file.
+    for part in folder.glob("*.pt.part"):
         if part.name.removesuffix(".pt.part").isdecimal():
             part.unlink(missing_ok=True)
     paths = [path for path in folder.glob("*.pt") if path.stem.isdecimal()]
@@ -1317,11 +1355,12 @@ def to_images(x0, vae, scale):
 
 # ---- 8. Training -------------------------------------------------------------------------------------------
 
-MAX_SKIPPED = 50        # so many steps in a row that are not finite end the run
+# So many steps in a row that are not finite end the run.
+MAX_SKIPPED = 50
 
 
 def resolve(args, data):
-    """Fills in what the model's row of CONFIGS and the dataset decide. Raises UserError for what does not fit."""
+    """Fills in what the model's row of CONFIGS and the dataset decide. Raises UserError for misfits."""
     args.model = args.model or DEFAULT_MODEL
     args.exp_name = args.exp_name or args.model.replace("/", "-")
     model_class, config, patch = parse_name(args.model)
@@ -1330,11 +1369,13 @@ def resolve(args, data):
     args.encoder_depth = args.encoder_depth or config.feature_block
     args.grid = data.shape[1] // patch
     if args.cfg_prob == 0:
-        args.cfg_scale = 1.0        # without label dropout there is no guidance
+        # Without label dropout there is no guidance, in the run's grids neither.
+        args.cfg_scale = 1.0
     if args.tau is None:
         at_512_px = args.model == "SiT-XL/2" and args.grid == 32
         args.tau = 300_000 if at_512_px else config.tau
 
+    # What does not fit together would otherwise fail late, or train something else.
     parts = WORLD_SIZE * args.gradient_accumulation_steps
     if args.batch_size % parts:
         raise UserError(f"--batch-size {args.batch_size} must divide into {parts} equal parts")
@@ -1380,7 +1421,8 @@ def cut_metrics(path, step):
         return
     kept = []
     for line in path.read_text().splitlines():
-        with suppress(ValueError, KeyError, TypeError):     # a killed run can leave a torn line
+        # A killed run can leave a torn line.
+        with suppress(ValueError, KeyError, TypeError):
             values = json.loads(line)
             # The gradients are compared before the step, and all else is written after it.
             if values["step"] + ("cosine" in values) <= step:
@@ -1413,7 +1455,8 @@ class Meter:
         self.start_line()
 
     def start_line(self):
-        self.rows = []          # of each step: loss, L_diff, L_REPA, L_ATTA, norm of the gradient
+        # Each row is one step's loss, L_diff, L_REPA, L_ATTA and norm of the gradient.
+        self.rows = []
         self.seconds = 0.0
         self.started = time.perf_counter()
         if DEVICE.type == "cuda":
@@ -1433,7 +1476,8 @@ class Meter:
         table = torch.stack(self.rows)
         if WORLD_SIZE > 1:
             dist.all_reduce(table)
-        table = table.cpu() / WORLD_SIZE        # CPU-GPU sync point
+        # CPU-GPU sync point, once for each line of the log.
+        table = table.cpu() / WORLD_SIZE
         taken = table[:, -1].isfinite()
         for ok in taken.tolist():
             self.skipped_in_a_row = 0 if ok else self.skipped_in_a_row + 1
@@ -1445,8 +1489,8 @@ class Meter:
             names = ("loss", "loss_diff", "loss_repa", "loss_atta", "grad_norm")
             line = dict(zip(names, table[taken].mean(0).tolist()))
         line["skipped_steps"] = int((~taken).sum())
-        with self.paused():
-            line["images_per_sec"] = self.batch_size * len(table) / self.seconds
+        seconds = self.seconds + time.perf_counter() - self.started
+        line["images_per_sec"] = self.batch_size * len(table) / seconds
         if DEVICE.type == "cuda":
             gib = torch.tensor(torch.cuda.max_memory_allocated() / 2 ** 30)
             if WORLD_SIZE > 1:
@@ -1460,7 +1504,8 @@ def compile_blocks(model):
     """Compiles the blocks, which share a graph. Raises UserError without a C++ compiler."""
     if not shutil.which(os.environ.get("CXX", "g++")):
         raise UserError("--compile needs a C++ compiler: install g++, or leave the flag out")
-    torch._dynamo.config.optimize_ddp = False       # it would cut the graph at DDP's buckets
+    # Otherwise the graph would be cut at DDP's buckets.
+    torch._dynamo.config.optimize_ddp = False
     for block in model.blocks:
         block.compile(dynamic=False)
 
@@ -1494,7 +1539,8 @@ def train(args):
         step = int(newest.stem)
         saved = read_checkpoint(newest, asked_for)
         if saved["steps"] not in (None, step):
-            print0(f"{newest} was saved after step {saved['steps']}: by its name, the run continues from {step}")
+            print0(f"{newest} was saved after step {saved['steps']}: by its name, the run continues from "
+                   f"{step}")
     if step >= last:
         print0(f"{run}: {newest} is at step {step}, --max-train-steps {last}: there is nothing to train")
         return 0
@@ -1509,7 +1555,7 @@ def train(args):
     else:
         tau = args.tau
 
-    # --- how a global batch is shared: this process's rows of it, and those at a time
+    # --- how a global batch is shared: this process's rows of it, of which it takes a part at a time
     local_batch_size = args.batch_size // WORLD_SIZE
     micro_batch_size = local_batch_size // args.gradient_accumulation_steps
     rows = slice(RANK * local_batch_size, (RANK + 1) * local_batch_size)
@@ -1528,6 +1574,7 @@ def train(args):
             load_clip()
 
     # --- the student, its EMA, the optimizer
+    # All processes start from the same weights.
     torch.manual_seed(args.seed)
     model = build_model(
         args.model, input_size=data.shape[1], in_channels=data.shape[0], num_classes=len(data.classes),
@@ -1539,7 +1586,8 @@ def train(args):
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
     if saved:
         restore(saved, newest, model, ema, optimizer, scaler)
-        saved = None        # to free its memory
+        # Free its memory: a checkpoint is as large as model, EMA and optimizer together.
+        saved = None
     if args.compile:
         compile_blocks(model)
 
@@ -1572,99 +1620,107 @@ def train(args):
         bar.set_postfix({key: f"{line[key]:.4g}" for key in ("loss", "images_per_sec", "gib") if key in line})
 
     meter = Meter(args.batch_size)
+    batches = None
     stopping = False
-    with StopSignals() as stop, tqdm(total=last, initial=step, disable=RANK > 0) as bar:
-        # This loop runs once for each phase.
-        while step < last and not stopping:
+    with StopSignals() as stop, tqdm(total=last, initial=step, disable=RANK > 0) as bar, ExitStack() as phase:
+        while step < last:
             # --- the switch: at tau, everything of phase I is dropped at once
-            aligned = step < tau
-            phase_end = min(tau, last) if aligned else last
-            if not aligned:
-                teacher = None
-            data.with_images = aligned
-            model.projectors.requires_grad_(aligned and args.lambda_r > 0)      # DDP waits for all that do
-            net = None
-            gc.collect()        # frees phase I's DDP, and its hooks on the model
-            net = model
-            if WORLD_SIZE > 1:
-                net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-            trained = [p for p in model.parameters() if p.requires_grad]
-            averaged = [p_ema for p_ema, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
-            loader = DataLoader(
-                data, num_workers=args.num_workers, worker_init_fn=ignore_stop_signals,
-                batch_sampler=batch_indices(
-                    len(data), args.seed, args.batch_size, rows, range(step, phase_end)),
-                pin_memory=DEVICE.type == "cuda", timeout=300 if args.num_workers else 0)
-            batches = load_batches(loader)
-            bar.set_description("phase I" if aligned else "phase II")
+            if batches is None or step == tau:
+                aligned = step < tau
+                phase_end = min(tau, last) if aligned else last
+                if not aligned:
+                    teacher = None
+                data.with_images = aligned
+                # DDP waits for all weights that require a gradient.
+                model.projectors.requires_grad_(aligned and args.lambda_r > 0)
+                trained = [p for p in model.parameters() if p.requires_grad]
+                averaged = [p_ema for p_ema, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
+                # Phase I's DDP is freed first, with its hooks on the model, and its loader processes end.
+                net = batches = None
+                gc.collect()
+                phase.close()
+                net = model
+                if WORLD_SIZE > 1:
+                    net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+                loader = DataLoader(
+                    data, num_workers=args.num_workers, worker_init_fn=ignore_stop_signals,
+                    batch_sampler=batch_indices(
+                        len(data), args.seed, args.batch_size, rows, range(step, phase_end)),
+                    pin_memory=DEVICE.type == "cuda", timeout=300 if args.num_workers else 0)
+                batches = phase.enter_context(closing(load_batches(loader)))
+                bar.set_description("phase I" if aligned else "phase II")
 
-            while step < phase_end:
-                # --- the next images; all processes stop here if one of them was told to
-                images = stop.wait_for(batches)
-                stopping = any_process(stop.caught)
-                if stopping:
-                    break
+            # --- the next images; all processes stop here if one of them was told to
+            # No process has begun the step yet, so that none waits for the gradients of another.
+            images = stop.wait_for(batches)
+            stopping = any_process(stop.caught)
+            if stopping:
+                break
 
-                # --- the trigger: is it time for phase II?
-                if aligned and trigger_is_due(step, args):
-                    with torch.compiler.set_stance("force_eager"):      # a compiled backward runs only once
-                        size = max(1, micro_batch_size // 2)
-                        cosines = measure_cosines(model, teacher, data, args, step, size)
-                    mean = sum(cosines) / len(cosines)
-                    log(run, args, step=step, cosine=mean, cosines=cosines)
-                    if any_process(RANK == 0 and mean < args.tau_cosine):       # one process decides for all
-                        auto_tau = tau = step
-                        break
+            # --- the trigger: is it time for phase II?
+            if aligned and trigger_is_due(step, args):
+                # A compiled backward pass runs only once, and here there are two.
+                with torch.compiler.set_stance("force_eager"):
+                    size = max(1, micro_batch_size // 2)
+                    cosines = measure_cosines(model, teacher, data, args, step, size)
+                mean = sum(cosines) / len(cosines)
+                log(run, args, step=step, cosine=mean, cosines=cosines)
+                # The first process decides for all.
+                if any_process(RANK == 0 and mean < args.tau_cosine):
+                    auto_tau = tau = step
+                    continue
 
-                # --- the batch: clean samples, conditions, times and noise
-                images = to_device(images)
-                t, u, eps, xi = [x[rows] for x in randomness(args.batch_size, data.shape, args.seed, step)]
-                x0 = data.x0(images, xi)
-                y = data.condition(images, u, args.cfg_prob)
+            # --- the batch: clean samples, conditions, times and noise
+            images = to_device(images)
+            t, u, eps, xi = [x[rows] for x in randomness(args.batch_size, data.shape, args.seed, step)]
+            x0 = data.x0(images, xi)
+            y = data.condition(images, u, args.cfg_prob)
 
-                # --- teacher, while step < tau; forward; backward; in parts if memory is short
-                means = 0
-                for start in range(0, local_batch_size, micro_batch_size):
-                    i = slice(start, start + micro_batch_size)
-                    # DDP reads this in its forward pass: only the last part averages over the processes.
-                    net.require_backward_grad_sync = i.stop == local_batch_size
-                    target = None
-                    if aligned:
-                        with autocast(args.teacher_precision):
-                            target = teacher(images["image"][i])
-                    batch = Batch(x0[i], eps[i], t[i], y[i], target)
-                    with autocast(args.precision):
-                        diff, repa, atta = losses(net, model.diffusion, *batch, args.lambda_r, args.lambda_a)
-                    loss = diff + args.lambda_r * repa + args.lambda_a * atta
-                    share = micro_batch_size / local_batch_size
-                    scaler.scale(share * loss).backward()
-                    means += share * torch.stack([loss, diff, repa, atta]).detach()
+            # --- teacher, while step < tau; forward; backward; in parts if memory is short
+            means = 0
+            for start in range(0, local_batch_size, micro_batch_size):
+                i = slice(start, start + micro_batch_size)
+                # DDP reads this in its forward pass: only the last part averages over the processes.
+                net.require_backward_grad_sync = i.stop == local_batch_size
+                target = None
+                if aligned:
+                    with autocast(args.teacher_precision):
+                        target = teacher(images["image"][i])
+                batch = Batch(x0[i], eps[i], t[i], y[i], target)
+                with autocast(args.precision):
+                    diff, repa, atta = losses(net, model.diffusion, *batch, args.lambda_r, args.lambda_a)
+                loss = diff + args.lambda_r * repa + args.lambda_a * atta
+                share = micro_batch_size / local_batch_size
+                scaler.scale(share * loss).backward()
+                means += share * torch.stack([loss, diff, repa, atta]).detach()
 
-                # --- step; if any gradient is not finite, every process skips it
-                scaler.unscale_(optimizer)
-                max_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
-                norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-                # The fused AdamW skips its step if this is 1. A GradScaler sets it, too, but only in fp16, and
-                # it would read and write each gradient once more.
-                optimizer.found_inf = (~norm.isfinite()).float()
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-                update_ema(averaged, trained, args.ema_decay)
-                step += 1
+            # --- step; if any gradient is not finite, every process skips it
+            scaler.unscale_(optimizer)
+            max_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
+            norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            # The fused AdamW skips its step if this is 1. A GradScaler sets it, too, but only in fp16, and it
+            # would read and write each gradient once more.
+            optimizer.found_inf = (~norm.isfinite()).float()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            update_ema(averaged, trained, args.ema_decay)
+            step += 1
 
-                # --- everything below is diagnostics
-                bar.update()
-                meter.rows.append(torch.stack([*means, norm]))
-                at_end = step in (tau, last)
-                if step % args.log_every == 0 or at_end:
-                    log_line()
-                with meter.paused() if RANK == 0 else nullcontext():
-                    if RANK == 0 and (step % args.checkpointing_steps == 0 or at_end):
+            # --- everything below is diagnostics
+            bar.update()
+            meter.rows.append(torch.stack([*means, norm]))
+            at_end = step in (tau, last)
+            if step % args.log_every == 0 or at_end:
+                log_line()
+            saving = step % args.checkpointing_steps == 0 or at_end
+            sampling = args.sampling_steps > 0 and step % args.sampling_steps == 0
+            if RANK == 0 and (saving or sampling):
+                with meter.paused():
+                    if saving:
                         save()
-                    if RANK == 0 and args.sampling_steps > 0 and step % args.sampling_steps == 0:
+                    if sampling:
                         sample_grid(run / f"samples/{step:07d}.png", ema, saved_args, args)
-            batches.close()
 
         # --- a stop signal came: save what there is
         if stopping:
@@ -1672,10 +1728,13 @@ def train(args):
                 log_line()
             if RANK == 0:
                 save()
-        barrier()       # until the first process has saved
-    lock and lock.close()
+        # All wait until the first process has saved.
+        barrier()
+    if lock:
+        lock.close()
     print0(f"{run}: saved after step {step}" + ("; stopped, the same command resumes" if stopping else ""))
-    return 75 if stopping else 0        # 75 is EX_TEMPFAIL
+    # 75 is EX_TEMPFAIL: start me again.
+    return 75 if stopping else 0
 
 
 # ---- 9. Sampling -------------------------------------------------------------------------------------------
@@ -1706,12 +1765,13 @@ def grid_conditions(model, saved_args, args):
 
 
 def sample_grid(path, model, saved_args, args):
-    """Draws args.labels or args.captions as one PNG, and returns their names. saved_args: of the model's run."""
+    """Draws args.labels or args.captions as one PNG -> their names. saved_args: of the model's run."""
     vae = load_decoder(saved_args["vae"], args.vae, model)
     names, y = grid_conditions(model, saved_args, args)
     noise = seeded_noise(model, len(y), args.seed)
     interval = (args.guidance_low, args.guidance_high)
-    torch.manual_seed(args.seed + 1)        # another seed, so that the SDE's noise differs from the start
+    # Another seed, so that the SDE's noise differs from the start.
+    torch.manual_seed(args.seed + 1)
     with autocast(args.precision):
         x = sample(model, noise, y, args.num_steps, args.cfg_scale, interval, args.mode)
     with atomic_write(path) as f:
@@ -1744,7 +1804,8 @@ def ddpm_schedule(steps, device, dtype):
     c_0 = abar_s ** 0.5 * beta / (1 - abar)
     c_t = (1 - beta) ** 0.5 * (1 - abar_s) / (1 - abar)
     beta_tilde = beta * (1 - abar_s) / (1 - abar)
-    beta_tilde[0] = beta_tilde[1]       # else 0, which has no logarithm
+    # The first would be 0, which has no logarithm.
+    beta_tilde[0] = beta_tilde[1]
     table = np.stack([abar ** 0.5, (1 - abar) ** 0.5, c_0, c_t, np.log(beta), np.log(beta_tilde)])
     return timesteps.tolist(), torch.tensor(table, dtype=dtype, device=device)
 
@@ -1767,7 +1828,8 @@ def posterior(eps, variance, x_t, i, steps=1000):
 # log P(x) = log(cdf(x + 1/255) - cdf(x - 1/255)) for one of 256 levels in [-1, 1]
 def discretized_log_likelihood(x, mean, log_std):
     """x, mean, log_std (B, C, S, S) -> log P(x); the outermost bins reach to infinity."""
-    def cdf(edge):      # of the normal distribution, by the tanh approximation that DiT was trained with
+    # The normal distribution, by the tanh approximation that DiT was trained with.
+    def cdf(edge):
         z = (edge - mean) * torch.exp(-log_std)
         return (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3))) / 2
 
@@ -1827,7 +1889,8 @@ class DDPM:
                 mean = x + (x / 2 - eps / noise) * dtau
                 std = dtau ** 0.5
             x = mean
-            if i > 0:       # no noise in the last step
+            # There is no noise in the last step.
+            if i > 0:
                 x = x + std * torch.randn_like(x)
         return x
 
@@ -1838,7 +1901,8 @@ class DiT(SiT):
     def __init__(self, in_channels=4, **sizes):
         super().__init__(in_channels=in_channels, out_channels=2 * in_channels, **sizes)
         self.diffusion = DDPM()
-        self.guided_channels = 3        # as in DiT's code
+        # DiT's code guides the first three channels.
+        self.guided_channels = 3
 
 
 class Stream(nn.Module):
@@ -1905,7 +1969,8 @@ class MMDiT(nn.Module):
         self.input_size = input_size
         self.patch_size = patch_size
         self.in_channels = in_channels
-        self.num_classes = num_classes      # not used: captions take the place of classes
+        # Captions take the place of classes, whose number is not used.
+        self.num_classes = num_classes
         self.attention_blocks = attention_blocks
         self.feature_block = feature_block
         self.diffusion = Flow()
@@ -2086,7 +2151,8 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("alignment").add_argument
     add("--model", help=f"SiT- or DiT-[XS,S,B,L,XL]/[2,4,8], or MMDiT (default: {DEFAULT_MODEL})")
-    add("--teacher", "--enc-type", default="dinov2_vitb14", help="dinov2_vit[s,b,l,g]14, also with _reg, or a file")
+    add("--teacher", "--enc-type", default="dinov2_vitb14",
+        help="dinov2_vit[s,b,l,g]14, also with _reg, or a file")
     add("--tau", "--early-stop-point", type=step_never_or_auto,
         help="the step at which alignment stops, never, or auto (default: the paper's for the model)")
     add("--tau-from", type=COUNT_OR_0, default=50_000, help="auto: the first measurement")
@@ -2113,11 +2179,13 @@ def parse_args(argv=None):
     add("--cfg-prob", type=SHARE, default=0.1, help="label dropout, for guidance")
     add("--log-every", type=COUNT, default=100, help="steps between lines of metrics.jsonl")
     add("--checkpointing-steps", type=COUNT, default=50_000, help="steps between checkpoints")
-    add("--sampling-steps", type=COUNT_OR_0, default=10_000, help="steps between grids of samples; 0 draws none")
+    add("--sampling-steps", type=COUNT_OR_0, default=10_000,
+        help="steps between grids of samples; 0 draws none")
     add("--wandb", metavar="PROJECT", help="log to this project of Weights & Biases, too")
 
     add = parser.add_argument_group("sampling").add_argument
-    add("--labels", type=COUNT_OR_0, nargs="+", help="classes of --sample and of the grids (default: the first 8)")
+    add("--labels", type=COUNT_OR_0, nargs="+",
+        help="classes of --sample and of the grids (default: the first 8)")
     add("--out", default="samples.png", help="the picture that --sample writes")
 
     add_sampler_flags(parser, cfg_scale=4.0)
@@ -2129,7 +2197,8 @@ class Output:
     """A stream whose write errors are ignored: a closed pipe or terminal does not end a run."""
 
     def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")       # there is none after 2>&-
+        # After 2>&- there is no stream.
+        self.stream = stream or open(os.devnull, "w")
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -2171,7 +2240,7 @@ def exit_on_user_error(program):
 
 
 def main(argv=None):
-    """Runs the command line `argv`, and returns its exit code. Raises SystemExit with a sentence for an error."""
+    """Runs the command line `argv` -> its exit code. Raises SystemExit with a sentence for an error."""
     with exit_on_user_error("haste.py"):
         args = parse_args(argv)
         if args.demo:
@@ -2185,5 +2254,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    import haste        # evaluate.py imports this module, too, and must meet the same one
+    # evaluate.py imports this module, too, and must meet the same one.
+    import haste
     sys.exit(haste.main())
