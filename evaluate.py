@@ -15,7 +15,7 @@ draws PNGs into a folder, only those that are missing, and measures it. Run the 
 
 What moves a FID: the sampler, its steps and guidance; the number of samples (a CIFAR-10 model had 5.12 with
 50,000 and 9.75 with 5,000: github.com/atong01/conditional-flow-matching/issues/111); JPEG; --balanced, by
-about -0.1; a resize with half-pixel centres, from 3.943 to 3.941; TF32 in the Inception, from 46.830 to 46.788.
+about -0.1; a resize with half-pixel centres, from 3.943 to 3.941; TF32 in the Inception, 46.830 to 46.788.
 ADM computes precision and recall in fp16, which adds about 0.001 and 0.0025. Samples are drawn in fp32, with
 TF32 on a GPU, as the released code draws them; --precision bf16 is another protocol.
 
@@ -50,12 +50,17 @@ from tqdm import tqdm
 import haste
 from haste import DEVICE, RANK, WORLD_SIZE, UserError, atomic_write, print0, user_error
 
-POOL_DIM = 2048                 # features of the Inception for FID,
-SPATIAL_DIM = 2023              # for sFID,
-LOGITS_DIM = 1008               # and for the Inception Score
-SPLIT_SIZE = 5000               # samples in a split of the Inception Score
-NEIGHBOURS = 3                  # k of precision and recall
-MAX_REFERENCES = 10_000         # images that --make-ref stores for precision and recall
+# Features of the Inception for FID, for sFID, and for the Inception Score.
+POOL_DIM = 2048
+SPATIAL_DIM = 2023
+LOGITS_DIM = 1008
+# Samples in a split of the Inception Score.
+SPLIT_SIZE = 5000
+# k of precision and recall.
+NEIGHBOURS = 3
+# How many images --make-ref stores for precision and recall.
+MAX_REFERENCES = 10_000
+# The file in which torch-fidelity converted the weights of TensorFlow's network.
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
 
@@ -70,6 +75,7 @@ def tf1_resize(x, size=299):
     """
     for dim in (3, 2):
         n = x.shape[dim]
+        # The scale is rounded to fp32, as TensorFlow rounds it.
         positions = torch.arange(size, dtype=torch.float32, device=x.device) * float(np.float32(n / size))
         low = positions.floor().long()
         high = (low + 1).clamp(max=n - 1)
@@ -97,7 +103,8 @@ class Inception(nn.Module):
         super().__init__()
         # On the meta device, no time is lost on weights that are overwritten.
         with torch.device("meta"):
-            net = timm.create_model("inception_v3", pretrained=False, num_classes=LOGITS_DIM, aux_logits=False)
+            net = timm.create_model(
+                "inception_v3", pretrained=False, num_classes=LOGITS_DIM, aux_logits=False)
         if weights == "random":
             randomise(net)
         else:
@@ -130,8 +137,9 @@ class Inception(nn.Module):
     def forward(self, images):
         x = (tf1_resize(images.float()) - 128) / 128
         x = x.contiguous(memory_format=torch.channels_last)
+        # The first seven channels, in the order of height, width and channel, are ADM's spatial features.
         pool = self.net.forward_features(x).mean((2, 3))
-        spatial = self.kept.pop("spatial").permute(0, 2, 3, 1).flatten(1)       # height, width, channel
+        spatial = self.kept.pop("spatial").permute(0, 2, 3, 1).flatten(1)
         return pool, spatial, pool @ self.net.fc.weight.T
 
 
@@ -202,7 +210,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     samples, lacks full rank; sqrtm(S_1 S_2) is not.
     """
     w, V = torch.linalg.eigh(sigma1)
-    positive = w > w[-1] * len(w) * torch.finfo(w.dtype).eps        # the rank, small if images are few
+    # The rank, which is small if images are few.
+    positive = w > w[-1] * len(w) * torch.finfo(w.dtype).eps
     R = V[:, positive] * w[positive].sqrt()
     eigenvalues = torch.linalg.eigvalsh(R.T @ sigma2 @ R)
     trace = eigenvalues.clamp(min=0).sqrt().sum()
@@ -236,7 +245,9 @@ class InceptionScore:
         return (mean_p_log_p - torch.xlogy(mean_p, mean_p).sum(1)).exp().mean().item()
 
 
+# ADM computes these in fp16 if they stay finite; fp32 is what it falls back to.
 def squared_distances(a, b):
+    """Between all rows of a (n, d) and b (m, d): (n, m)."""
     return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
 
 
@@ -276,7 +287,8 @@ class Npz(Dataset):
     def __getitem__(self, rows):
         shape = (len(rows), *self.shape[1:])
         with user_error(f"{self.path}: arr_0 is damaged near image {rows[0]}"):
-            if not self.file:       # each loader process opens its own
+            # Each loader process opens the file for itself.
+            if not self.file:
                 self.file = zipfile.ZipFile(self.path).open("arr_0.npy")
             self.file.seek(self.start + rows[0] * math.prod(shape[1:]))
             data = bytearray(self.file.read(math.prod(shape)))
@@ -310,7 +322,7 @@ class Folder(Dataset):
             image = haste.to_tensor(haste.to_rgb(image))
         if self.shape and image.shape[1:] != self.shape[1:3]:
             raise UserError(f"{path} has the size {list(image.shape[1:])}, and {self.names[0]} "
-                            f"{list(self.shape[1:3])}: all must have one size, as --prepare writes into images/")
+                            f"{list(self.shape[1:3])}: all must have one size, as those of --prepare have")
         return image
 
 
@@ -411,7 +423,8 @@ class Sampler:
                 texts = [data.captions[name][0] for name in data.names]
             return np.resize(rng.permutation(texts), n)
         classes = np.array(self.trained_labels)
-        if self.args.balanced:      # in random order: sorted by class, they would spoil the splits of IS
+        # In random order: samples sorted by class would spoil the splits of IS.
+        if self.args.balanced:
             return classes[rng.permutation(np.arange(n) % len(classes))]
         return classes[rng.integers(len(classes), size=n)]
 
@@ -434,7 +447,8 @@ class Sampler:
             y = torch.tensor(y, device=DEVICE)
         key = np.random.SeedSequence((args.seed, rows.start)).generate_state(1).item()
         noise = haste.seeded_noise(self.model, len(rows), key)
-        torch.manual_seed(key + 1)      # another seed, so that the SDE's noise differs from the start
+        # Another seed, so that the SDE's noise differs from the start.
+        torch.manual_seed(key + 1)
         allow_tf32(True)
         with haste.autocast(args.precision):
             x = haste.sample(self.model, noise, y, args.num_steps, args.cfg_scale, self.interval, args.mode)
@@ -443,17 +457,20 @@ class Sampler:
     def generate_missing(self):
         """Draws the batches that lack a file, and returns the folder."""
         names = [f"{i:06d}.png" for i in range(self.args.num_samples)]
+        # What another process or another command has drawn is there already.
         present = set(haste.list_images(self.folder)[0])
         record = Path(f"{self.folder}.json")
         before = self.protocol
         if present:
             before = haste.read_json(record).get("protocol", {})
         if present.difference(names) or not self.protocol.items() <= before.items():
+            # A folder with samples of two kinds would have a figure of neither.
             raise UserError(f"{self.folder} has samples drawn by other flags or weights: delete it, or "
                             f"name another folder with --out")
         missing = [rows for rows in split_rows(len(names), self.args.batch_size)
                    if not present.issuperset(names[rows.start:rows.stop])]
-        haste.barrier()         # all processes have looked before one writes
+        # All processes have looked before one writes.
+        haste.barrier()
         if not present:
             write_json(record, {"protocol": self.protocol})
         # Pillow encodes on several cores at a time.
@@ -469,7 +486,8 @@ class Sampler:
 
 def write_png(path, array):
     with atomic_write(path) as f:
-        Image.fromarray(array).save(f, "PNG", compress_level=1)     # 5 ms for 256 x 256; level 6 takes 18
+        # Level 1 takes 5 ms for 256 x 256 pixels, the default 18 ms.
+        Image.fromarray(array).save(f, "PNG", compress_level=1)
 
 
 def write_json(path, content):
@@ -510,6 +528,7 @@ def measure(images, net, args, title, keep_features):
             if keep_features:
                 features[rows.start:rows.stop] = pool
             bar.update()
+    # Sums of the processes add up, and each process has filled its own rows of the features.
     if WORLD_SIZE > 1:
         sums = [*pool_statistics.sums(), *spatial_statistics.sums(), *inception_score.sums()]
         for x in (*sums, features):
@@ -524,10 +543,11 @@ def list_notes(args, samples, references, reference_statistics, stored_statistic
     if not references:
         notes.append(f"{args.ref} holds statistics but no images: precision and recall are left out")
     elif references.shape[1:] != samples.shape[1:]:
-        notes.append(f"samples have the size {samples.shape[1:3]}, and reference images {references.shape[1:3]}")
+        notes.append(f"samples have the size {samples.shape[1:3]}, and reference images "
+                     f"{references.shape[1:3]}")
     if "sfid" not in reference_statistics:
-        notes.append(f"{args.ref} has no mu_s and sigma_s: sFID is left out; if pytorch-fid or clean-fid wrote "
-                     f"this file, FID compares with no other, as they resize images in another way")
+        notes.append(f"{args.ref} has no mu_s and sigma_s: sFID is left out; if pytorch-fid or clean-fid "
+                     f"wrote this file, FID compares with no other, as they resize images in another way")
     if args.inception == "random":
         notes.append("the features are a random network's: figures compare only with one another")
     if stored_statistics:
@@ -568,6 +588,7 @@ def evaluate(args):
     statistics, score, x = measure(samples, net, args, "samples", keep_features)
     if RANK > 0:
         return None
+    # ADM takes the statistics that are stored in a file of samples, if there are any.
     if stored_statistics:
         statistics |= stored_statistics
 
@@ -624,7 +645,8 @@ def parse_args(argv=None):
     add("--samples", help="measure an .npz with arr_0, or a folder of images")
     add("--make-ref", metavar="IMAGES", help="write a reference of these images to --out")
     add("--ref", help="an ADM .npz, or a folder of images")
-    add("--out", help="for --ckpt a folder (default: in the run's eval/), for --make-ref a file (default: ref.npz)")
+    add("--out", help="for --ckpt a folder (default: in the run's eval/), for --make-ref a file (default: "
+                      "ref.npz)")
     add("--json", help="a file for the metrics and their protocol")
     add("--no-prec-recall", action="store_true", help="leave precision and recall out")
     add("--inception", metavar="FILE",
@@ -659,18 +681,20 @@ def main(argv=None):
 
 # ---- 6. The demo, haste.py --demo: letters, their teacher, and a classifier that reads samples -------------
 
+# Pictures of 24 x 24 pixels; the teacher's patches have 4 x 4.
 LETTERS = "ABCEHKRSTX"
 SIDE = 24
 PATCH = 4
 TRAIN_FLAGS = "--model SiT-XS/4 --ema-decay 0.99 --log-every 50 --num-workers 0"
-DEMO_FLAGS = ("--batch-size 48 --learning-rate 3e-3 --tau 350 --max-train-steps 700 --checkpointing-steps 350 "
-              "--sampling-steps 350")
+DEMO_FLAGS = ("--batch-size 48 --learning-rate 3e-3 --tau 350 --max-train-steps 700 "
+              "--checkpointing-steps 350 --sampling-steps 350")
 SAMPLE_FLAGS = "--num-steps 30 --cfg-scale 3"
 
 
 def draw_letter(label, rng):
     """An image of a letter (3, 24, 24) uint8, and where its ink is (24, 24)."""
-    layer = Image.new("L", (2 * SIDE, 2 * SIDE))        # drawn at twice the size, for smooth edges
+    # It is drawn at twice the size, for smooth edges.
+    layer = Image.new("L", (2 * SIDE, 2 * SIDE))
     font = ImageFont.load_default(rng.uniform(38, 46))
     x, y = SIDE + rng.uniform(-3, 3, 2)
     ImageDraw.Draw(layer).text((x, y), LETTERS[label], 255, font, anchor="mm", stroke_width=2)
@@ -713,7 +737,8 @@ def fit_teacher(path, images, pixels):
     head = nn.Linear(96, PATCH ** 2 * (1 + len(LETTERS)))
 
     def pixel_loss(x, pixels):
-        x = normalize(x / 255, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)         # as haste.Teacher does
+        # haste.Teacher normalises in the same way.
+        x = normalize(x / 255, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         logits = head(vit.forward_features(x)[:, 1:])                               # (B, N, 16 x 11)
         target = F.pixel_unshuffle(pixels[:, None], PATCH).flatten(2).mT            # (B, N, 16)
         return F.cross_entropy(logits.view(target.numel(), -1), target.flatten())
@@ -748,6 +773,7 @@ def prepare_letters(home):
     """Makes a dataset of letters and a teacher, and returns the flags that name them."""
     at = shlex.quote(str(home))
     print("drawing letters, and fitting the teacher to them")
+    # A tree of class folders, as --prepare takes it.
     images, labels, pixels = draw_letters(4000, seed=0)
     for i, (image, label) in enumerate(zip(images, labels)):
         write_png(home / "letters" / LETTERS[label] / f"{i:04d}.png", image.permute(1, 2, 0).numpy())
@@ -768,6 +794,7 @@ def sample_letters(args):
 
 def demo(argv):
     """haste.py --demo: draws letters, fits a teacher, runs ordinary commands. argv goes to the training."""
+    # Flags other than these two go to the training, after the demo's own, and so override them.
     args = haste.parse_args(argv)
     training_flags = shlex.join(flag for flag in argv if flag not in ("--demo", "--compare"))
     if args.compare:
@@ -776,7 +803,8 @@ def demo(argv):
     at = shlex.quote(str(home))
     data_flags = prepare_letters(home)
     code = haste.train(announce(
-        "haste.py", f"{data_flags} --exp-name demo {TRAIN_FLAGS} {DEMO_FLAGS} {SAMPLE_FLAGS} {training_flags}"))
+        "haste.py", f"{data_flags} --exp-name demo {TRAIN_FLAGS} {DEMO_FLAGS} {SAMPLE_FLAGS} "
+                    f"{training_flags}"))
     if code:
         return code
     classifier = fit_classifier()
@@ -792,7 +820,8 @@ def demo(argv):
         correct = accuracy(classifier, images, labels)
         print(f"the classifier recognises {correct:.0%} of the samples at step {int(path.stem)}")
         rows.append(images[:20])
-    evaluate(args)          # of the last checkpoint
+    # The last checkpoint is measured as README shows it.
+    evaluate(args)
     haste.sample_from(announce(
         "haste.py", f"--sample {at}/checkpoints/{path.name} {SAMPLE_FLAGS} --out {at}/samples.png"))
     # All checkpoints draw the same labels; the first row has a real letter of each of them.
@@ -806,8 +835,8 @@ def demo(argv):
 
 # ---- 7. The paper's claims in small, haste.py --demo --compare ---------------------------------------------
 
-# All start from the same weights, with the same batches and noise. "never" measures the cosines as "auto" does,
-# and ignores them: no cosine is below -1.
+# All start from the same weights, with the same batches and noise. "never" measures the cosines as "auto"
+# does, and ignores them: no cosine is below -1.
 VARIANTS = {
     "plain": "--tau 0",
     "REPA": "--tau never --lambda-a 0",
@@ -893,9 +922,10 @@ def report_comparison(home, results, seeds):
             cells.append(f"{distance:.1f} ± {distance_std:.1f}, {correct:.0%} ± {correct_std:.0%}")
         print(f"| {step} |", " | ".join(cells), "|")
     distance, correct = results["real"]
-    print(f"\nFrechet distance by the classifier's features, and the fraction of letters that it recognises: mean "
-          f"± standard deviation over the seeds {', '.join(seeds)}. Real letters: {distance:.1f}, {correct:.0%}. "
-          f"{home}/compare.json has all figures.")
+    print(f"\nFrechet distance by the classifier's features, and the fraction of letters that it recognises: "
+          f"mean ± standard deviation over the seeds {', '.join(seeds)}. Real letters: {distance:.1f}, "
+          f"{correct:.0%}. {home}/compare.json has all figures.")
+    # The table is printed in any case; the curves need an optional package.
     try:
         from matplotlib.figure import Figure
     except ImportError:

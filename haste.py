@@ -7,12 +7,13 @@
     L = L_diff + lambda_R L_REPA + lambda_A L_ATTA    while step < tau     (phase I, holistic alignment)
     L = L_diff                                        while step >= tau    (phase II, no alignment)
 
-    python haste.py --demo                                                # a laptop: no GPU, no download
+    python haste.py --demo                                                # a laptop; needs evaluate.py, too
     python haste.py --model SiT-B/2 --gradient-accumulation-steps 4       # one GPU
     torchrun --nproc_per_node=8 haste.py --model SiT-XL/2 --tau 250000    # eight GPUs: the paper's run
 
-Run the same command again to resume. Sections 1 to 5 are the paper, in its order. Section 8 is the
-training loop. Section 10 holds the paper's two other models; a reader of SiT can skip it.
+Run the same command again to resume; another experiment needs another --exp-name. Sections 1 to 5 are the
+paper, in its order. Section 8 is the training loop. Section 10 holds the paper's two other models; a reader
+of SiT can skip it.
 
     paper     here        shape                  what it is                                        section
     x_0       x0          (B, C, S, S)           a clean sample: a VAE latent, or pixels in [-1, 1]      3
@@ -22,7 +23,7 @@ training loop. Section 10 holds the paper's two other models; a reader of SiT ca
     v         v           (B, C, S, S)           the velocity; its target is eps - x0                    3
     proj(h)   z           (B, N, D_T)            the student's tokens after its feature block, projected 1
     y         features    (B, N, D_T)            the teacher's last patch tokens, after its final norm   2
-    A^S, A^T  qk          (B, heads, N, d) each  [(q, k), ...], of which the attention maps are made  1, 2
+    A^S, A^T  qk          (B, heads, N, d) each  [(q, k), ...], from which the maps are computed      1, 2
               y           (B,)                   the condition: class labels (not the paper's y)         1
               u           (B,)                   uniform in [0, 1): drops the condition if u < cfg_prob  6
               xi          (B, C, S, S)           N(0, 1): draws a latent, mean + std xi                  6
@@ -88,7 +89,7 @@ def user_error(sentence):
 
 def reason(error):
     """What went wrong, in a line: an exception's type and message, without other text around it."""
-    # torch.save answers a full disk by an error of its own, on top of the OSError that says so.
+    # torch.save reports a full disk by an error of its own, raised from the OSError that says so.
     if isinstance(error.__context__, OSError):
         error = error.__context__
     # A loader process puts its traceback before the message, and torch.load its advice.
@@ -231,6 +232,7 @@ def build_projector(dim, projector_dim, teacher_dim):
     """REPA's projector: tokens (B, N, D) -> (B, N, teacher_dim)."""
     # A random stream of its own keeps the other initial weights independent of teacher_dim.
     with torch.random.fork_rng(devices=()):
+        torch.manual_seed(torch.initial_seed() + 1)
         return nn.Sequential(
             nn.Linear(dim, projector_dim), nn.SiLU(),
             nn.Linear(projector_dim, projector_dim), nn.SiLU(),
@@ -261,7 +263,7 @@ class SiT(nn.Module):
         self.attention_blocks = attention_blocks
         self.feature_block = feature_block
         self.diffusion = Flow()                 # section 3
-        # Guidance acts on this many channels, and not at all on a model that was trained without label dropout.
+        # Guidance acts on so many channels, and not at all on a model that was trained without label dropout.
         self.guided_channels = in_channels
         self.can_be_guided = True
 
@@ -299,7 +301,7 @@ class SiT(nn.Module):
         for block in self.blocks:
             x, qk = block(x, c)
             if align:
-                # These are no copies: the backward pass needs the tensors, too.
+                # References only: the backward pass keeps these tensors anyway.
                 states.append((x, qk))
         v = unpatchify(self.final_layer(x, c), self.patch_size)
         if not align:
@@ -341,8 +343,9 @@ class Teacher(nn.Module):
 
         # Positions are resampled once. Those of class and register tokens, if they have any, come first.
         prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches
-        vit.pos_embed.data = resample_abs_pos_embed(vit.pos_embed.data, [grid, grid], num_prefix_tokens=prefix)
-        # With this timm does not resample them again.
+        vit.pos_embed.data = resample_abs_pos_embed(
+            vit.pos_embed.data, [grid, grid], num_prefix_tokens=prefix)
+        # timm compares this with the input's grid, and then skips its own resampling.
         vit.patch_embed.grid_size = (grid, grid)
         self.vit = vit.eval().requires_grad_(False)
 
@@ -382,8 +385,8 @@ def load_teacher(name, grid, blocks):
     """The Teacher called `name`: a DINOv2 of torch.hub, or a file {"config", "model"} with the arguments and
     weights of a timm VisionTransformer, and its "mean" and "std" if they are not ImageNet's.
 
-    blocks are those of a ViT of 12 blocks; in a teacher of another depth the indices are shifted to keep
-    their distance from the last block. Raises UserError.
+    blocks are those of a ViT of 12 blocks, from 0 to 11; in a teacher of another depth the indices are
+    shifted to keep their distance from the last block. Raises UserError.
     """
     normalisation = {}
     if name.startswith("dinov2_"):
@@ -393,23 +396,23 @@ def load_teacher(name, grid, blocks):
             vit = torch.hub.load(DINOV2_REPO, name, trust_repo=True, skip_validation=True)
     else:
         advice = 'a file holds {"config": {...}, "model": weights} of a timm VisionTransformer'
-        with user_error(f"--teacher {name} is no name of a DINOv2 (dinov2_vitb14) and no such file: {advice}"):
+        with user_error(f"--teacher {name} is neither a DINOv2 nor a file that can be read: {advice}"):
             saved = torch.load(name, map_location="cpu", weights_only=True)
             vit = VisionTransformer(**saved["config"], dynamic_img_size=True)
             vit.load_state_dict(saved["model"])
             normalisation = {key: saved[key] for key in ("mean", "std") if key in saved}
 
-    depth = len(vit.blocks)
+    shift = len(vit.blocks) - 12
     for b in blocks:
-        if not 0 <= b - 12 + depth < depth:
+        if not 0 <= b + shift < len(vit.blocks):
             raise UserError(f"--teacher-blocks {b}: there is no such block among the last 12 of {name}, "
-                            f"which has {depth}; choose from {max(0, 12 - depth)} to 11")
+                            f"which has {len(vit.blocks)}; choose from {max(0, -shift)} to 11")
     for block in vit.blocks:
         if type(block.attn).__name__ not in ("Attention", "MemEffAttention"):
-            raise UserError(f"--teacher {name} has blocks with {type(block.attn).__name__}, whose maps are not "
-                            f"softmax(q k^T): use another teacher")
+            raise UserError(f"--teacher {name} has blocks with {type(block.attn).__name__}, whose maps are "
+                            f"not softmax(q k^T): use another teacher")
     with user_error(f"--teacher {name} cannot be used"):
-        return Teacher(vit, [b - 12 + depth for b in blocks], grid, **normalisation)
+        return Teacher(vit, [b + shift for b in blocks], grid, **normalisation)
 
 
 # ---- 3. Diffusion: the flow that SiT learns, and its samplers ----------------------------------------------
@@ -422,7 +425,7 @@ class Flow:
 
     # x_t = (1 - t) x0 + t eps
     def add_noise(self, x0, eps, t):
-        """x0, eps (B, C, S, S), t (B,) -> x_t, and the time that the model is given."""
+        """x0, eps (B, C, S, S), t (B,) in [0, 1] -> x_t, and t in the model's own units."""
         s = t.view(-1, 1, 1, 1)
         return (1 - s) * x0 + s * eps, t
 
@@ -431,10 +434,10 @@ class Flow:
         """v, x0, eps (B, C, S, S) -> L_diff, a scalar. x_t and t are for models that learn something else."""
         return ((v - (eps - x0)) ** 2).mean()
 
-    # The ODE is dx = v dt. With w = 2 t and the score s = -(x + (1 - t) v) / t, the SDE is
-    # dx = (v - w s / 2) dt + sqrt(w) dW.
+    # ODE:  dx = v dt
+    # SDE:  dx = (v - w score / 2) dt + sqrt(w) dW  with w = 2 t and score = -(x + (1 - t) v) / t
     def integrate(self, velocity, x, steps, mode):
-        """Integrates velocity(x, t, t_guide) from x (B, C, S, S) at t = 1 to t = 0 (paper: SDE, 250 steps)."""
+        """Integrates velocity(x, t, t_guide) from x (B, C, S, S) at t = 1 to 0. The paper: SDE, 250 steps."""
         if mode == "sde":
             times = torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist() + [0.0]
         else:
@@ -485,20 +488,20 @@ def sample(model, noise, y, steps=250, cfg_scale=1.0, guidance=(0.0, 1.0), mode=
     check_sampler(model, steps, cfg_scale, guidance, mode)
     low, high = guidance
     y_null = model.null_condition(y) if cfg_scale != 1 else None
-    c = model.guided_channels
+    guided = model.guided_channels
 
     # v = v_null + cfg_scale (v_y - v_null)
-    def velocity(x, t, t_guide):
+    def guided_model(x, t, t_guide):
         x = x.to(noise.dtype)
         t = noise.new_full((len(x),), t)
         if cfg_scale == 1 or not low <= t_guide <= high:
             return model(x, t, y).double()
         both = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, y_null]))
         v, v_null = both.double().chunk(2)
-        v[:, :c] = v_null[:, :c] + cfg_scale * (v[:, :c] - v_null[:, :c])
+        v[:, :guided] = v_null[:, :guided] + cfg_scale * (v[:, :guided] - v_null[:, :guided])
         return v
 
-    x = model.diffusion.integrate(velocity, noise.double(), steps, mode)
+    x = model.diffusion.integrate(guided_model, noise.double(), steps, mode)
     if not x.isfinite().all():
         raise UserError("the samples are not finite: the weights are bad, or --precision fp16 overflowed")
     return x
@@ -522,7 +525,7 @@ def attention_loss(student_qk, teacher_qk):
 
     Student head i is paired with teacher head i for the first 12 heads; the remaining heads are not aligned.
     """
-    def cross_entropy(q, k, q_t, k_t):
+    def pair_loss(q, k, q_t, k_t):
         heads = min(q.shape[1], q_t.shape[1], 12)
         q, k, q_t, k_t = [x[:, :heads].float() for x in (q, k, q_t, k_t)]
         with torch.autocast(q.device.type, enabled=False):
@@ -530,8 +533,8 @@ def attention_loss(student_qk, teacher_qk):
             maps = (q_t @ k_t.mT / q_t.shape[-1] ** 0.5).softmax(dim=-1)
             return F.cross_entropy(logits.flatten(0, 2), maps.flatten(0, 2))
 
-    # To checkpoint each pair of blocks keeps the maps of only one pair in memory at a time.
-    losses = [torch.utils.checkpoint.checkpoint(cross_entropy, *student, *teacher, use_reentrant=False)
+    # Checkpointing each pair of blocks keeps the maps of only one pair in memory at a time.
+    losses = [torch.utils.checkpoint.checkpoint(pair_loss, *student, *teacher, use_reentrant=False)
               for student, teacher in zip(student_qk, teacher_qk, strict=True)]
     return torch.stack(losses).mean()
 
@@ -541,11 +544,11 @@ Batch = namedtuple("Batch", "x0 eps t y target")
 
 
 def losses(net, diffusion, x0, eps, t, y, target=None, lambda_r=0.5, lambda_a=0.5):
-    """A batch -> L_diff, L_REPA and L_ATTA, the terms of the objective L, not weighted; those of weight 0 are 0."""
-    # The phases differ in what follows, and nowhere else: phase II forms neither z nor q and k.
+    """A batch -> L_diff, L_REPA and L_ATTA, not weighted. Those of weight 0 are not computed, and 0."""
     x_t, t = diffusion.add_noise(x0, eps, t)
     repa = x0.new_zeros(())
     atta = x0.new_zeros(())
+    # Phase I also projects tokens and forms attention maps; phase II does neither.
     if target is None:
         v = net(x_t, t, y)
     else:
@@ -589,6 +592,7 @@ def measure_cosines(model, teacher, data, args, step, size):
 
     The paper does not say how images are averaged; here the gradients are those of the mean losses.
     """
+    # The 1 keeps these random numbers apart from those of the step itself.
     chosen = permutation(len(data), args.seed, step, 1)[:args.tau_images]
     _, u, eps, xi = randomness(len(chosen), data.shape, args.seed, step, 1)
     # Each process takes its share of the images.
@@ -597,16 +601,21 @@ def measure_cosines(model, teacher, data, args, step, size):
     total = torch.zeros(len(TRIGGER_TIMES), 2, P, device=DEVICE)
     for start in range(0, len(mine), size):
         i = list(mine[start:start + size])
-        images = to_device(default_collate([data[j] for j in chosen[i].tolist()]))
-        x0 = data.x0(images, xi[i])
-        y = data.condition(images, u[i], args.cfg_prob)
-        target = teacher(images["image"])
+        items = to_device(default_collate([data[j] for j in chosen[i].tolist()]))
+        x0 = data.x0(items, xi[i])
+        y = data.condition(items, u[i], args.cfg_prob)
+        target = teacher(items["image"])
         for k, t in enumerate(TRIGGER_TIMES):
             batch = Batch(x0, eps[i], x0.new_full((len(i),), t), y, target)
             total[k] += len(i) * gradients(model, batch, args.lambda_r, args.lambda_a)
     if WORLD_SIZE > 1:
         dist.all_reduce(total)
     return F.cosine_similarity(total[:, 0], total[:, 1], dim=1).tolist()
+
+
+def trigger_fires(cosines, args):
+    """True if alignment ends here: on average, the two gradients point apart (appendix A.2)."""
+    return sum(cosines) / len(cosines) < args.tau_cosine
 
 
 # ---- 6. Data: images and their latents ---------------------------------------------------------------------
@@ -776,40 +785,40 @@ class Data(Dataset):
                 moments = torch.from_numpy(np.load(path)).float().squeeze(0)
             if not moments.isfinite().all():
                 raise UserError(f"{path} holds values that are not finite: encode it again")
-            item["moments"] = self.check_shape(path, moments)
+            item["moments"] = self.check_shape("moments", path, moments)
         if self.with_images or not self.latents:
             path = self.images / self.image_name(i)
             with user_error(f"{path} cannot be read"):
                 image = to_tensor(to_rgb(Image.open(path)))
-            item["image"] = self.check_shape(path, image)
+            item["image"] = self.check_shape("image", path, image)
         return item
 
-    def check_shape(self, path, x):
+    def check_shape(self, kind, path, x):
         """x, if it has the shape of the first file of its kind. Raises UserError."""
-        expected = self.shapes.setdefault(path.suffix, x.shape)
+        expected = self.shapes.setdefault(kind, x.shape)
         if x.shape != expected:
             raise UserError(f"{path} has the shape {list(x.shape)}, and the others {list(expected)}: "
                             f"prepare it again")
         return x
 
-    def x0(self, batch, xi):
+    def x0(self, items, xi):
         """Clean samples (B, C, S, S): pixels in [-1, 1], or scale (mean + std xi) of the latents."""
         if not self.latents:
-            return batch["image"] / 127.5 - 1
-        mean, std = batch["moments"].chunk(2, dim=1)
+            return items["image"] / 127.5 - 1
+        mean, std = items["moments"].chunk(2, dim=1)
         return self.scale * (mean + std * xi)
 
-    def condition(self, batch, u, cfg_prob):
-        """y of a batch; where u (B,) is below cfg_prob it is dropped: replaced by the null label."""
+    def condition(self, items, u, cfg_prob):
+        """y of a batch of items; where u (B,) is below cfg_prob it is dropped: replaced by the null label."""
         if self.captions:
-            texts = choose_captions(self, batch["index"], u, cfg_prob)
+            texts = choose_captions(self, items["index"], u, cfg_prob)
             return encode_captions(texts)
         null_label = len(self.classes)
-        return torch.where(u < cfg_prob, null_label, batch["y"])
+        return torch.where(u < cfg_prob, null_label, items["y"])
 
 
-def to_device(batch):
-    return {key: x.to(DEVICE, non_blocking=True) for key, x in batch.items()}
+def to_device(items):
+    return {key: x.to(DEVICE, non_blocking=True) for key, x in items.items()}
 
 
 # All randomness is a function of (seed, step, position in the global batch). A resumed run, or one on another
@@ -931,11 +940,11 @@ def prepare(args):
     if args.vae != "none":
         vae = load_vae(args.vae or VAE_ENCODER)
         if args.resolution % 8:
-            raise UserError(f"--resolution {args.resolution} must be a multiple of 8, as the VAE's latents are")
+            raise UserError(f"--resolution {args.resolution} must be a multiple of 8, for the VAE")
     digest = hashlib.sha1("\n".join(names).encode()).hexdigest()
     begin_prepare(out, {"names": digest, "vae": args.vae, "resolution": args.resolution})
 
-    # --- images, and their latents: what is missing of them
+    # --- images, and their latents: those that are still missing
     # What is written last for an image tells whether it is done.
     template = NPY if vae else PNG
     paths = [out / template.format(i // 1000, i) for i in range(len(names))]
@@ -1002,7 +1011,7 @@ def join_processes(args):
     args.teacher_precision = args.precision
     if args.precision is None:
         fast = "bf16" if has_bf16 else "fp16" if cuda else "fp32"
-        # The frozen teacher needs no more, on a CPU neither.
+        # The frozen teacher needs no more precision, not even on a CPU.
         args.teacher_precision = fast
         args.precision = fast if cuda else "fp32"
 
@@ -1115,7 +1124,7 @@ def lock_folder(folder):
             # The system drops the lock with the process, however it ends; loader processes do not inherit it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise UserError(f"another run is writing to {folder}: wait for its end, or use another --exp-name")
+            raise UserError(f"another run is writing to {folder}: wait, or use another --exp-name")
         except OSError as e:
             print0(f"note: {folder} cannot be locked against a second run ({reason(e)})")
     return file
@@ -1148,7 +1157,7 @@ def build_model(name, **sizes):
 
 
 # Harmless types in the args of other people's checkpoints, under the names that versions of Python and numpy
-# give them. numpy's scalars come as a function and a type for each kind of number.
+# give them. numpy pickles a number as a call of its function multiarray.scalar, which has no public name.
 NUMPY_SCALAR = np.float64(0).__reduce__()[0]
 SAFE_TYPES = [
     argparse.Namespace,
@@ -1160,8 +1169,8 @@ SAFE_TYPES = [
     (NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
     np.dtype,
 ]
-for number in ("bool", "int8", "uint8", "int16", "int32", "int64", "float16", "float32", "float64"):
-    SAFE_TYPES.append(type(np.dtype(number)))
+for dtype in ("bool", "int8", "uint8", "int16", "int32", "int64", "float16", "float32", "float64"):
+    SAFE_TYPES.append(type(np.dtype(dtype)))
 
 
 def clean_weights(state):
@@ -1171,10 +1180,11 @@ def clean_weights(state):
 
 
 def read_checkpoint(path, name=None):
-    """A checkpoint of ours, of HASTE, REPA, SiT or DiT, or a bare state dict: a dictionary with "model", "ema",
-    "args", "steps" (None if unknown), "opt", "scaler" and "tau". Nothing is unpickled that could run code.
+    """A checkpoint of ours, of HASTE, REPA, SiT or DiT, or a bare state dict -> a dictionary with "model",
+    "ema", "args", "steps" (None if unknown), "opt", "scaler" and "tau".
 
-    `name` is used if the checkpoint does not name its model. Raises UserError.
+    Nothing is unpickled that could run code. `name` is used if the checkpoint does not name its model.
+    Raises UserError.
     """
     path = Path(path)
     with user_error(f"{path} cannot be read as a checkpoint"), torch.serialization.safe_globals(SAFE_TYPES):
@@ -1202,12 +1212,12 @@ def read_checkpoint(path, name=None):
                 convert_sit(state)
                 # SiT's code guides three of its four channels.
                 args["guided_channels"] = 3
-            if model_class is not MMDiT and lacks_null_label(state, args):
+            if model_class is not MMDiT and add_missing_null_label(state, args):
                 # Without label dropout, it cannot be guided.
                 args["cfg_prob"] = 0
     steps = saved.get("steps", int(path.stem) if path.stem.isdecimal() else None)
-    result |= {"args": args, "steps": steps}
-    return result | {key: saved.get(key) for key in ("opt", "scaler", "tau")}
+    return result | {"args": args, "steps": steps, "opt": saved.get("opt"), "scaler": saved.get("scaler"),
+                     "tau": saved.get("tau")}
 
 
 def is_of_sit(state, args):
@@ -1221,9 +1231,9 @@ def is_of_sit(state, args):
 def convert_sit(state):
     """Converts weights of SiT's own convention, in place and exactly.
 
-    SiT has C or 2C output channels, of which it uses the first C, and its time runs from noise (0) to data (1),
-    so that our v(x, t) is -SiT(x, 1 - t). As cos((1 - t) w) = cos w cos(t w) + sin w sin(t w), and likewise the
-    sine, the other time is a rotation of the timestep embedding's first layer.
+    SiT has C or 2C output channels, of which it uses the first C, and its time runs from noise (0) to data
+    (1), so that our v(x, t) is -SiT(x, 1 - t). As cos((1 - t) w) = cos w cos(t w) + sin w sin(t w), and
+    likewise the sine, the other time is a rotation of the timestep embedding's first layer.
     """
     channels, patch, _ = state["x_embedder.proj.weight"][0].shape
     for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
@@ -1235,8 +1245,8 @@ def convert_sit(state):
     state["t_embedder.mlp.0.weight"] = torch.cat(rotated, dim=1)
 
 
-def lacks_null_label(state, args):
-    """True if the table of labels was trained without dropout; then a null label of zeros is added to it."""
+def add_missing_null_label(state, args):
+    """Adds a null label of zeros to a table of labels that was trained without dropout; True if it was."""
     key = "y_embedder.embedding_table.weight"
     classes = args.get("classes") or range(args.get("num_classes", 1000))
     if len(state[key]) != len(classes):
@@ -1286,8 +1296,8 @@ def warn_of_young_ema(decay, steps):
     """Says so if the EMA, of which samples are drawn, still holds much of the initial weights."""
     share = decay ** steps if steps is not None else 0
     if share > 0.1:
-        print0(f"note: after {steps} steps {share:.0%} of the EMA are still the weights from before training, "
-               f"so samples may be noise: train longer, or with a lower --ema-decay than {decay}")
+        print0(f"note: after {steps} steps {share:.0%} of the EMA are the weights from before training: "
+               f"samples may be noise; train longer, or with a lower --ema-decay than {decay}")
 
 
 def newest_checkpoint(folder):
@@ -1355,7 +1365,7 @@ def to_images(x0, vae, scale):
 
 # ---- 8. Training -------------------------------------------------------------------------------------------
 
-# So many steps in a row that are not finite end the run.
+# The run ends after so many consecutive steps that were not finite.
 MAX_SKIPPED = 50
 
 
@@ -1369,7 +1379,7 @@ def resolve(args, data):
     args.encoder_depth = args.encoder_depth or config.feature_block
     args.grid = data.shape[1] // patch
     if args.cfg_prob == 0:
-        # Without label dropout there is no guidance, in the run's grids neither.
+        # Without label dropout there is no guidance, nor in the run's grids.
         args.cfg_scale = 1.0
     if args.tau is None:
         at_512_px = args.model == "SiT-XL/2" and args.grid == 32
@@ -1390,8 +1400,6 @@ def resolve(args, data):
         raise UserError(f"--encoder-depth {args.encoder_depth}: {args.model} has {config.depth} blocks")
     if args.tau != 0 and args.lambda_r == 0 and args.lambda_a == 0:
         raise UserError("--lambda-r 0 and --lambda-a 0 leave nothing to align: use --tau 0")
-    if args.tau != 0 and not data.images.is_dir():
-        raise UserError(f"phase I needs {data.images}: without it, use --tau 0")
     if model_class is MMDiT and not data.captions:
         raise UserError(f"an MMDiT needs captions, and {args.data_dir} has none: prepare it with --captions")
     if model_class is not MMDiT and data.captions:
@@ -1415,7 +1423,21 @@ def restore(saved, path, model, ema, optimizer, scaler):
         scaler.load_state_dict(saved["scaler"])
 
 
-def cut_metrics(path, step):
+# Flags that decide what a run learns. To change them on the way is allowed, and mentioned.
+LEARNING_FLAGS = ("data_dir", "teacher", "tau", "lambda_r", "lambda_a", "attention_blocks", "teacher_blocks",
+                  "encoder_depth", "batch_size", "learning_rate", "max_grad_norm", "ema_decay", "cfg_prob",
+                  "seed", "precision")
+
+
+def note_changes(args, before):
+    """Says which of a run's flags differ from those with which its checkpoint was saved."""
+    for name in LEARNING_FLAGS:
+        old, new = before.get(name), getattr(args, name)
+        if name in before and str(old).strip("()[]") != str(new).strip("()[]"):
+            print0(f"note: --{name.replace('_', '-')} was {old} until now, and is {new} from now on")
+
+
+def cut_metrics(path, step, auto_tau):
     """Removes the lines after `step` from metrics.jsonl: the resumed run writes them again."""
     if not path.is_file():
         return
@@ -1424,26 +1446,31 @@ def cut_metrics(path, step):
         # A killed run can leave a torn line.
         with suppress(ValueError, KeyError, TypeError):
             values = json.loads(line)
-            # The gradients are compared before the step, and all else is written after it.
-            if values["step"] + ("cosine" in values) <= step:
+            # A comparison of gradients comes before its step, and is repeated unless it ended phase I.
+            repeated = "cosine" in values and values["step"] == step != auto_tau
+            if values["step"] <= step and not repeated:
                 kept.append(line + "\n")
     with atomic_write(path) as f:
         f.write("".join(kept).encode())
 
 
 def log(run, args, **line):
-    """Appends a line to metrics.jsonl, and to W&B if asked for, on the first process. Raises UserError."""
+    """Appends a line to metrics.jsonl, and to W&B if asked for, on the first process."""
     if RANK > 0:
         return
     with open(run / "metrics.jsonl", "a") as f:
         f.write(json.dumps(line) + "\n")
     if args.wandb:
-        with user_error(f"--wandb {args.wandb} failed; it needs pip install wandb, and wandb login"):
-            import wandb
-            if wandb.run is None:
-                name = re.sub(r"\W", "-", args.exp_name)
-                wandb.init(project=args.wandb, id=name, resume="allow", config=vars(args))
-            wandb.log(line, step=line["step"])
+        import wandb
+        wandb.log(line, step=line["step"])
+
+
+def start_wandb(args):
+    """Starts or resumes the run of that name at Weights & Biases. Raises UserError."""
+    with user_error(f"--wandb {args.wandb} failed; it needs pip install wandb, and wandb login"):
+        import wandb
+        name = re.sub(r"\W", "-", args.exp_name)
+        wandb.init(project=args.wandb, id=name, resume="allow", config=vars(args))
 
 
 class Meter:
@@ -1455,8 +1482,8 @@ class Meter:
         self.start_line()
 
     def start_line(self):
-        # Each row is one step's loss, L_diff, L_REPA, L_ATTA and norm of the gradient.
-        self.rows = []
+        # Of each step: loss, L_diff, L_REPA, L_ATTA and norm of the gradient.
+        self.steps = []
         self.seconds = 0.0
         self.started = time.perf_counter()
         if DEVICE.type == "cuda":
@@ -1472,8 +1499,9 @@ class Meter:
         self.started = time.perf_counter()
 
     def finish_line(self):
-        """Means over the steps that were taken. Raises UserError after MAX_SKIPPED that were not."""
-        table = torch.stack(self.rows)
+        """Means over the steps that were taken, as a line of the log. Raises UserError after MAX_SKIPPED
+        consecutive steps that were not."""
+        table = torch.stack(self.steps)
         if WORLD_SIZE > 1:
             dist.all_reduce(table)
         # CPU-GPU sync point, once for each line of the log.
@@ -1533,7 +1561,8 @@ def train(args):
 
     # --- the newest checkpoint, whose name is its step
     newest = newest_checkpoint(run / "checkpoints")
-    step, last = 0, args.max_train_steps
+    step = 0
+    last_step = args.max_train_steps
     saved = None
     if newest:
         step = int(newest.stem)
@@ -1541,8 +1570,10 @@ def train(args):
         if saved["steps"] not in (None, step):
             print0(f"{newest} was saved after step {saved['steps']}: by its name, the run continues from "
                    f"{step}")
-    if step >= last:
-        print0(f"{run}: {newest} is at step {step}, --max-train-steps {last}: there is nothing to train")
+        if "trained_labels" in saved["args"]:       # it is ours
+            note_changes(args, saved["args"])
+    if step >= last_step:
+        print0(f"{run}: {newest} is at step {step}, --max-train-steps {last_step}: there is nothing to train")
         return 0
 
     # --- tau, at which phase II begins; auto finds it
@@ -1567,6 +1598,8 @@ def train(args):
         teacher_dim = len(saved["model"]["projectors.0.4.bias"])
     with first_process_first():
         if step < tau:
+            if not data.images.is_dir():
+                raise UserError(f"phase I needs {data.images}: without it, use --tau 0")
             teacher_blocks = args.teacher_blocks if args.lambda_a > 0 else ()
             teacher = load_teacher(args.teacher, args.grid, teacher_blocks).to(DEVICE)
             teacher_dim = teacher.dim
@@ -1600,12 +1633,14 @@ def train(args):
             load_decoder(data.vae, args.vae, ema)
             grid_conditions(ema, saved_args, args)
     if RANK == 0:
-        cut_metrics(run / "metrics.jsonl", step)
+        cut_metrics(run / "metrics.jsonl", step, auto_tau)
+        if args.wandb:
+            start_wandb(args)
     kind = "latents" if data.latents else "pixels"
     print0(f"{run}: {args.model} on {len(data):,} {kind} {data.shape}, {args.precision}, "
            f"{WORLD_SIZE} x {DEVICE.type}, tau {args.tau}, from step {step}")
     if not newest:
-        warn_of_young_ema(args.ema_decay, last)
+        warn_of_young_ema(args.ema_decay, last_step)
 
     def save():
         state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(),
@@ -1619,26 +1654,35 @@ def train(args):
         log(run, args, step=step, phase=1 if aligned else 2, **line)
         bar.set_postfix({key: f"{line[key]:.4g}" for key in ("loss", "images_per_sec", "gib") if key in line})
 
+    def draw_samples():
+        path = run / f"samples/{step:07d}.png"
+        try:
+            sample_grid(path, ema, saved_args, args)
+        except UserError as e:      # a picture is no reason to end a run
+            print0(f"warning: {path} was not drawn: {e}")
+
     meter = Meter(args.batch_size)
     batches = None
     stopping = False
-    with StopSignals() as stop, tqdm(total=last, initial=step, disable=RANK > 0) as bar, ExitStack() as phase:
-        while step < last:
+    with StopSignals() as stop, tqdm(total=last_step, initial=step, disable=RANK > 0) as bar, \
+            ExitStack() as phase_resources:
+        while step < last_step:
             # --- the switch: at tau, everything of phase I is dropped at once
             if batches is None or step == tau:
                 aligned = step < tau
-                phase_end = min(tau, last) if aligned else last
+                phase_end = min(tau, last_step) if aligned else last_step
                 if not aligned:
                     teacher = None
                 data.with_images = aligned
                 # DDP waits for all weights that require a gradient.
                 model.projectors.requires_grad_(aligned and args.lambda_r > 0)
                 trained = [p for p in model.parameters() if p.requires_grad]
-                averaged = [p_ema for p_ema, p in zip(ema.parameters(), model.parameters()) if p.requires_grad]
+                averaged = [p for p, of_model in zip(ema.parameters(), model.parameters())
+                            if of_model.requires_grad]
                 # Phase I's DDP is freed first, with its hooks on the model, and its loader processes end.
                 net = batches = None
                 gc.collect()
-                phase.close()
+                phase_resources.close()
                 net = model
                 if WORLD_SIZE > 1:
                     net = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -1647,12 +1691,12 @@ def train(args):
                     batch_sampler=batch_indices(
                         len(data), args.seed, args.batch_size, rows, range(step, phase_end)),
                     pin_memory=DEVICE.type == "cuda", timeout=300 if args.num_workers else 0)
-                batches = phase.enter_context(closing(load_batches(loader)))
+                batches = phase_resources.enter_context(closing(load_batches(loader)))
                 bar.set_description("phase I" if aligned else "phase II")
 
-            # --- the next images; all processes stop here if one of them was told to
+            # --- the next items of data; all processes stop here if one of them was told to
             # No process has begun the step yet, so that none waits for the gradients of another.
-            images = stop.wait_for(batches)
+            items = stop.wait_for(batches)
             stopping = any_process(stop.caught)
             if stopping:
                 break
@@ -1663,29 +1707,33 @@ def train(args):
                 with torch.compiler.set_stance("force_eager"):
                     size = max(1, micro_batch_size // 2)
                     cosines = measure_cosines(model, teacher, data, args, step, size)
-                mean = sum(cosines) / len(cosines)
-                log(run, args, step=step, cosine=mean, cosines=cosines)
-                # The first process decides for all.
-                if any_process(RANK == 0 and mean < args.tau_cosine):
-                    auto_tau = tau = step
+                log(run, args, step=step, cosine=sum(cosines) / len(cosines), cosines=cosines)
+                # The first process decides for all. The same checkpoint as at a tau that was given follows.
+                if any_process(RANK == 0 and trigger_fires(cosines, args)):
+                    tau = step
+                    auto_tau = step
+                    if meter.steps:
+                        log_line()
+                    if RANK == 0:
+                        save()
                     continue
 
             # --- the batch: clean samples, conditions, times and noise
-            images = to_device(images)
+            items = to_device(items)
             t, u, eps, xi = [x[rows] for x in randomness(args.batch_size, data.shape, args.seed, step)]
-            x0 = data.x0(images, xi)
-            y = data.condition(images, u, args.cfg_prob)
+            x0 = data.x0(items, xi)
+            y = data.condition(items, u, args.cfg_prob)
 
             # --- teacher, while step < tau; forward; backward; in parts if memory is short
             means = 0
             for start in range(0, local_batch_size, micro_batch_size):
                 i = slice(start, start + micro_batch_size)
-                # DDP reads this in its forward pass: only the last part averages over the processes.
+                # DDP, if there is one, reads this in its forward pass: the last part averages over processes.
                 net.require_backward_grad_sync = i.stop == local_batch_size
                 target = None
                 if aligned:
                     with autocast(args.teacher_precision):
-                        target = teacher(images["image"][i])
+                        target = teacher(items["image"][i])
                 batch = Batch(x0[i], eps[i], t[i], y[i], target)
                 with autocast(args.precision):
                     diff, repa, atta = losses(net, model.diffusion, *batch, args.lambda_r, args.lambda_a)
@@ -1698,8 +1746,8 @@ def train(args):
             scaler.unscale_(optimizer)
             max_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
             norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-            # The fused AdamW skips its step if this is 1. A GradScaler sets it, too, but only in fp16, and it
-            # would read and write each gradient once more.
+            # torch's fused optimizers read this attribute, and skip the step if it is 1. A GradScaler sets
+            # it, too, but only in fp16, and it would read and write each gradient once more.
             optimizer.found_inf = (~norm.isfinite()).float()
             scaler.step(optimizer)
             scaler.update()
@@ -1709,8 +1757,8 @@ def train(args):
 
             # --- everything below is diagnostics
             bar.update()
-            meter.rows.append(torch.stack([*means, norm]))
-            at_end = step in (tau, last)
+            meter.steps.append(torch.stack([*means, norm]))
+            at_end = step in (tau, last_step)
             if step % args.log_every == 0 or at_end:
                 log_line()
             saving = step % args.checkpointing_steps == 0 or at_end
@@ -1720,11 +1768,11 @@ def train(args):
                     if saving:
                         save()
                     if sampling:
-                        sample_grid(run / f"samples/{step:07d}.png", ema, saved_args, args)
+                        draw_samples()
 
         # --- a stop signal came: save what there is
         if stopping:
-            if meter.rows:
+            if meter.steps:
                 log_line()
             if RANK == 0:
                 save()
@@ -1783,6 +1831,8 @@ def sample_from(args):
     """--sample: draws a grid from a checkpoint's EMA. Raises UserError."""
     join_processes(args)
     model, saved_args = load_ema(args.sample, args.model)
+    if args.compile:
+        compile_blocks(model)
     names = sample_grid(args.out, model, saved_args, args)
     print0(f"{args.out}: {saved_args['model']}, {args.mode} {args.num_steps}, guidance {args.cfg_scale}; "
            f"{', '.join(names)}")
@@ -1846,7 +1896,7 @@ class DDPM:
 
     # x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps
     def add_noise(self, x0, eps, t):
-        """x0, eps (B, C, S, S), t (B,) in [0, 1] -> x_t, and the timestep that the model is given."""
+        """x0, eps (B, C, S, S), t (B,) in [0, 1] -> x_t, and t in the model's own units."""
         t = (1000 * t).floor().clamp(max=999)
         signal, noise, *_ = ddpm_at(t.long(), x0)
         return signal * x0 + noise * eps, t
@@ -1959,7 +2009,7 @@ class JointBlock(nn.Module):
 class MMDiT(nn.Module):
     """The text-to-image MM-DiT, named as in the released HASTE. Its condition y is a text, (B, T, 768).
 
-    All weights start as torch's own, as in the released code.
+    All weights keep torch's default initialisation, as in the released code.
     """
 
     def __init__(self, input_size=32, patch_size=2, in_channels=4, hidden_size=768, depth=24, num_heads=24,
@@ -2076,7 +2126,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Answers a wrong flag by a UserError, without the list of all flags."""
+    """Raises UserError for a wrong flag, without the list of all flags."""
 
     def __init__(self, program):
         super().__init__(program, formatter_class=HelpFormatter)
@@ -2146,7 +2196,8 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("data").add_argument
     add("--data-dir", default="data/imagenet256", help="a prepared dataset")
-    add("--resolution", type=COUNT, default=256, help="of the images that --prepare writes")
+    add("--resolution", type=COUNT, default=256,
+        help="of the images that --prepare writes; training takes the dataset's")
     add("--captions", nargs="+", help="for --sample, what to draw; for --prepare, COCO's JSON file")
 
     add = parser.add_argument_group("alignment").add_argument
@@ -2230,8 +2281,8 @@ def exit_on_user_error(program):
     except KeyboardInterrupt:
         sys.exit(130)
     except torch.OutOfMemoryError as e:
-        sys.exit(f"{program}: out of GPU memory: use --gradient-accumulation-steps, or a smaller --batch-size "
-                 f"({reason(e)})")
+        sys.exit(f"{program}: out of GPU memory: use --gradient-accumulation-steps, or a smaller "
+                 f"--batch-size ({reason(e)})")
     except (UserError, OSError, dist.DistError) as e:
         message = " ".join(str(e).split())
         sys.exit(f"{program}: {message}")
@@ -2244,7 +2295,8 @@ def main(argv=None):
     with exit_on_user_error("haste.py"):
         args = parse_args(argv)
         if args.demo:
-            import evaluate
+            with user_error("--demo needs evaluate.py in the same folder"):
+                import evaluate
             return evaluate.demo(sys.argv[1:] if argv is None else argv)
         if args.prepare:
             return prepare(args)
@@ -2254,6 +2306,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    # evaluate.py imports this module, too, and must meet the same one.
+    # evaluate.py imports haste, and both must share one module.
     import haste
     sys.exit(haste.main())
