@@ -34,7 +34,6 @@ import gc
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
