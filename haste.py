@@ -2276,6 +2276,9 @@ def exit_on_user_error(program):
     try:
         yield
         if dist.is_initialized():
+            # On torch 2.6 the group's end can wait for gloo's thread while that waits for Python, to free the
+            # tensors of the last messages. It takes them a moment.
+            time.sleep(0.1)
             dist.destroy_process_group()
     except KeyboardInterrupt:
         sys.exit(130)

@@ -46,6 +46,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -2066,6 +2067,15 @@ def test_metrics_are_those_of_torch_fidelitys_features(tmp_path, monkeypatch):
     measured = evaluate_images(tmp_path, x, y, "--inception", path)
     assert measured == pytest.approx(naive_metrics(network, x, y), rel=2e-6)
     assert measured["is"] > 1.1
+
+
+def test_frechet_distance_is_the_textbooks_with_scipys_matrix_square_root():
+    x = fixed_normal(0, 200, 30).double()
+    y = fixed_normal(1, 150, 30).double() @ fixed_normal(2, 30, 30).double() + 1
+    mu1, sigma1, mu2, sigma2 = x.mean(0), x.T.cov(), y.mean(0), y.T.cov()
+    root = scipy.linalg.sqrtm((sigma1 @ sigma2).numpy()).real
+    expected = ((mu1 - mu2) ** 2).sum() + sigma1.trace() + sigma2.trace() - 2 * np.trace(root)
+    assert evaluate.frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(expected.item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("n, m", [(200, 150), (12, 9), (9, 200)])
