@@ -151,9 +151,7 @@ def load_weights(net, path):
         else:
             state = torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", check_hash=True)
         net.load_state_dict(state, assign=True)
-        for name, x in net.state_dict().items():
-            if not x.isfinite().all():
-                raise ValueError(f"the weight {name} is not finite")
+        haste.check_finite(state, path)
 
 
 def randomise(net):

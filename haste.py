@@ -399,6 +399,7 @@ def load_teacher(name, grid, blocks):
             saved = torch.load(name, map_location="cpu", weights_only=True)
             vit = VisionTransformer(**saved["config"], dynamic_img_size=True)
             vit.load_state_dict(saved["model"])
+            check_finite(saved["model"], name)
             normalisation = {key: saved[key] for key in ("mean", "std") if key in saved}
 
     shift = len(vit.blocks) - 12
@@ -1254,12 +1255,17 @@ def add_missing_null_label(state, args):
     return True
 
 
-def load_state(model, state, path):
-    """Loads weights; a missing projector stays as it is. Raises UserError with the first key that differs."""
-    # One bad weight would make every loss and every sample NaN, far from its cause.
+def check_finite(state, path):
+    """Raises UserError for weights that are not finite."""
+    # One of them would make every loss and every sample NaN, far from its cause.
     for key, x in state.items():
         if not x.isfinite().all():
             raise UserError(f"{path}: the weight {key} is not finite")
+
+
+def load_state(model, state, path):
+    """Loads weights; a missing projector stays as it is. Raises UserError with the first key that differs."""
+    check_finite(state, path)
     projector = {key: x for key, x in model.state_dict().items() if key.startswith("projectors.")}
     with user_error(f"{path} belongs to another model: name the right --model, or another --exp-name"):
         model.load_state_dict(projector | state)

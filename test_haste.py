@@ -2900,6 +2900,11 @@ def test_weights_that_are_not_finite_end_in_a_sentence_and_not_in_a_picture(
     draw = ["--sample", sample_flags[1], "--out", tmp_path / "grid.png", "--num-steps", 2]
     assert sentence in complaint(*draw)
     assert not (tmp_path / "grid.png").exists()
+    # A teacher's weights, too.
+    teacher = torch.load(dataset / "teacher.pt")
+    teacher["model"]["blocks.0.mlp.fc1.bias"][0] = value
+    torch.save(teacher, tmp_path / "teacher.pt")
+    assert sentence in complaint(*run_flags(dataset, tmp_path, "--teacher", tmp_path / "teacher.pt"))
 
 
 def test_samples_that_are_not_finite_are_refused():
