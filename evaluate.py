@@ -569,7 +569,8 @@ def evaluate(args):
     if args.make_ref:
         return make_reference(args, net)
     references, reference_statistics = open_images(args.ref, statistics_suffice=True)
-    sampler, samples, stored_statistics = None, None, None
+    sampler = None
+    stored_statistics = None
     if args.ckpt:
         sampler = Sampler(args)
     else:
@@ -708,7 +709,8 @@ def draw_letters(n, seed):
     """n random letters: images (n, 3, 24, 24) uint8, labels (n,), and pixels (n, 24, 24): label + 1 or 0."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(len(LETTERS), size=n)
-    images, pixels = [], []
+    images = []
+    pixels = []
     for label in labels:
         image, ink = draw_letter(label, rng)
         images.append(image)
@@ -903,7 +905,9 @@ def compare(args, training_flags):
 def report_comparison(home, results, seeds):
     """Prints the table of means and standard deviations over the seeds, and draws the curves."""
     steps = list(results["runs"]["plain"][seeds[0]])
-    means, deviations = {}, {}      # of each variant, (steps, 2)
+    # Of each variant, arrays (steps, 2).
+    means = {}
+    deviations = {}
     for variant in VARIANTS:
         runs = [results["runs"][variant][seed] for seed in seeds]
         figures = np.array([[run[step] for step in steps] for run in runs])     # (seeds, steps, 2)

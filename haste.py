@@ -118,7 +118,7 @@ LayerNorm = partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)
 
 
 def split_heads(qkv, heads):
-    """(B, N, 3 D) -> q, k, v, each (B, heads, N, head_dim), as views."""
+    """(B, N, 3 D) -> q, k, v, each (B, heads, N, head_dim), as views. A is softmax(q k^T / sqrt(head_dim))."""
     q, k, v = qkv.unflatten(2, (3, heads, -1)).unbind(2)        # (B, N, heads, head_dim)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
@@ -140,7 +140,7 @@ class Attention(nn.Module):
 
 
 def modulate(x, shift, scale):
-    """Scales and shifts tokens x (B, N, D) by scale and shift (B, D)."""
+    """adaLN: scales and shifts tokens x (B, N, D) by (B, D) (Peebles and Xie, section 3.2)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -166,7 +166,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens (B, N, D) and condition (B, D) -> patches (B, N, out_features)."""
+    """Tokens (B, N, D), condition (B, D) -> patches (B, N, out_features) (Peebles and Xie, section 3.2)."""
 
     def __init__(self, dim, out_features):
         super().__init__()
@@ -180,12 +180,12 @@ class FinalLayer(nn.Module):
 
 
 def frequencies(device=None):
-    """The 128 frequencies of the timestep embedding, from 1 down to nearly 1/10,000."""
+    """128 frequencies from 1 to nearly 1/10,000, for the timestep embedding (Vaswani et al., section 3.5)."""
     return torch.exp(-math.log(10000) / 128 * torch.arange(128, device=device))
 
 
 class TimestepEmbedder(nn.Module):
-    """Times (B,) -> (B, D)."""
+    """Times t (B,) -> (B, D): an MLP of sines and cosines (Peebles and Xie, section 3.2)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -197,7 +197,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class labels (B,) -> (B, D). The last row of the table is the null label, for guidance."""
+    """Class labels y (B,) -> (B, D). The last row is the null label, for guidance (Ho and Salimans, 2021)."""
 
     def __init__(self, num_classes, dim):
         super().__init__()
@@ -208,7 +208,7 @@ class LabelEmbedder(nn.Module):
 
 
 def sincos_positions(dim, side):
-    """Fixed positions (1, side^2, dim): sines and cosines of the column, then of the row."""
+    """Fixed positions (1, side^2, dim): sines and cosines of the column, then of the row (Vaswani et al.)."""
     # A quarter of the width for each of sine and cosine, of column and row.
     omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     angles = torch.outer(torch.arange(side, dtype=torch.float64), omega)
@@ -219,7 +219,7 @@ def sincos_positions(dim, side):
 
 
 def unpatchify(x, patch):
-    """Tokens (B, N, patch^2 C) -> (B, C, S, S)."""
+    """Tokens (B, N, patch^2 C) -> (B, C, S, S), the reverse of patches (Peebles and Xie, section 3.2)."""
     side = math.isqrt(x.shape[1])
     # h and w count the patches; p and q are the rows and columns within one.
     x = x.view(len(x), side, side, patch, patch, -1)
@@ -228,7 +228,7 @@ def unpatchify(x, patch):
 
 
 def build_projector(dim, projector_dim, teacher_dim):
-    """REPA's projector: tokens (B, N, D) -> (B, N, teacher_dim)."""
+    """proj of L_REPA, as in REPA: tokens (B, N, D) -> (B, N, teacher_dim)."""
     # A random stream of its own keeps the other initial weights independent of teacher_dim.
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(torch.initial_seed() + 1)
@@ -239,14 +239,14 @@ def build_projector(dim, projector_dim, teacher_dim):
 
 
 def xavier(module):
-    """Initialises a linear layer, or a convolution as the linear layer that it is on patches."""
+    """SiT's initial weights of a linear layer, or of a convolution that is one on patches."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.xavier_uniform_(module.weight.flatten(1))
         nn.init.zeros_(module.bias)
 
 
 class SiT(nn.Module):
-    """The scalable interpolant transformer with REPA's projector; parameters are named as in SiT and REPA.
+    """SiT, the scalable interpolant transformer, with REPA's projector; parameters are named as in both.
 
     attention_blocks count from 0, feature_block from 1. Label dropout is part of the training loop.
     """
@@ -381,8 +381,9 @@ class Teacher(nn.Module):
 
 
 def load_teacher(name, grid, blocks):
-    """The Teacher called `name`: a DINOv2 of torch.hub, or a file {"config", "model"} with the arguments and
-    weights of a timm VisionTransformer, and its "mean" and "std" if they are not ImageNet's.
+    """The Teacher called `name`: a DINOv2 of torch.hub (the paper's is dinov2_vitb14), or a file {"config",
+    "model"} with the arguments and weights of a timm VisionTransformer, and its "mean" and "std" if they are
+    not ImageNet's.
 
     blocks are those of a ViT of 12 blocks, from 0 to 11; in a teacher of another depth the indices are
     shifted to keep their distance from the last block. Raises UserError.
@@ -443,7 +444,8 @@ class Flow:
         else:
             times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
         for i in tqdm(range(steps), desc="sampling", disable=RANK > 0, leave=False):
-            t, t_next = times[i], times[i + 1]
+            t = times[i]
+            t_next = times[i + 1]
             dt = t_next - t
             # Whether an evaluation is guided is decided by the time at which the step begins.
             v = velocity(x, t, t_guide=t)
@@ -463,7 +465,7 @@ class Flow:
 
 
 def check_sampler(model, steps, cfg_scale, guidance, mode):
-    """Raises UserError if `model` cannot be sampled in this way."""
+    """Raises UserError if `model` cannot be sampled in this way. The paper: SDE, 250 steps."""
     diffusion = model.diffusion
     low, high = diffusion.step_range
     if mode not in diffusion.modes:
@@ -640,7 +642,9 @@ def is_hidden(name):
 
 def list_images(folder):
     """Sorted relative paths of the images below a folder, and of its other files; links are followed."""
-    images, others, seen = [], [], set()
+    images = []
+    others = []
+    seen = set()
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
         # A link can lead to a folder above it.
@@ -926,7 +930,8 @@ def prepare(args):
     Each file gets its name when it is complete, dataset.json comes last, and the same command resumes.
     """
     join_processes(args)
-    source, out = Path(args.prepare), Path(args.data_dir)
+    source = Path(args.prepare)
+    out = Path(args.data_dir)
     names, others = list_images(source)
     skipped = ""
     captions = None
@@ -1277,7 +1282,8 @@ def load_ema(path, name=None):
     Width, depth and heads are those of the model's name; other sizes are those of the weights.
     """
     saved = read_checkpoint(path, name)
-    args, state = saved["args"], saved["ema"]
+    args = saved["args"]
+    state = saved["ema"]
     sizes = {}
     with user_error(f"{path} holds no weights of a {args['model']}; name the right --model"):
         _, channels, patch, _ = state["x_embedder.proj.weight"].shape
