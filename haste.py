@@ -118,8 +118,8 @@ LayerNorm = partial(nn.LayerNorm, elementwise_affine=False, eps=1e-6)
 
 
 def split_heads(qkv, heads):
-    """(B, N, 3 D) -> q, k, v, each (B, heads, N, head_dim), as views. The map A is softmax(q k^T / sqrt(d))."""
-    q, k, v = qkv.unflatten(2, (3, heads, -1)).unbind(2)        # (B, N, heads, head_dim)
+    """(B, N, 3 D) -> q, k, v of A = softmax(q k^T / sqrt(d)), each (B, heads, N, d), as views."""
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).unbind(2)        # (B, N, heads, d)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
