@@ -338,9 +338,9 @@ def open_images(path, statistics_suffice=False):
         return check_number(path, Folder(path)), None
     statistics = None
     with user_error(f"{path} is no folder and no intact .npz"), np.load(path) as file:
-        if "mu" in file:
+        if "mu" in file.files:
             statistics = read_statistics(file)
-        has_images = "arr_0" in file
+        has_images = "arr_0" in file.files
     if statistics and statistics_suffice and not has_images:
         return None, statistics
     return check_number(path, Npz(path)), statistics
@@ -356,7 +356,7 @@ def read_statistics(file):
     """The statistics that an .npz holds. Some references have those of FID alone."""
     statistics = {}
     for metric, suffix, d in (("fid", "", POOL_DIM), ("sfid", "_s", SPATIAL_DIM)):
-        if f"mu{suffix}" not in file:
+        if f"mu{suffix}" not in file.files:
             continue
         mu = torch.from_numpy(file[f"mu{suffix}"]).double().to(DEVICE)
         sigma = torch.from_numpy(file[f"sigma{suffix}"]).double().to(DEVICE)
