@@ -82,7 +82,8 @@ def tf1_resize(x, size=299):
         weight = (positions - low).view(-1, *[1] * (3 - dim))
         a = x.index_select(dim, low)
         b = x.index_select(dim, high)
-        x = a + (b - a) * weight
+        # a + (b - a) * weight, in place: these tensors are large.
+        x = b.sub_(a).mul_(weight).add_(a)
     return x
 
 
@@ -135,7 +136,7 @@ class Inception(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        x = (tf1_resize(images.float()) - 128) / 128
+        x = tf1_resize(images.float()).sub_(128).div_(128)
         x = x.contiguous(memory_format=torch.channels_last)
         # The first seven channels, in the order of height, width and channel, are ADM's spatial features.
         pool = self.net.forward_features(x).mean((2, 3))
@@ -187,7 +188,7 @@ class FeatureStatistics:
         x = x.double()
         self.n += len(x)
         self.cum_mu += x.sum(0)
-        self.cum_sigma += x.T @ x
+        self.cum_sigma.addmm_(x.T, x)
 
     def sums(self):
         return [self.n, self.cum_mu, self.cum_sigma]
