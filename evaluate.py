@@ -842,7 +842,7 @@ VARIANTS = {
     "plain": "--tau 0",
     "REPA": "--tau never --lambda-a 0",
     "attention": "--tau never --lambda-r 0",
-    "never": "--tau auto --tau-cosine -1",
+    "never": "--tau never",
     "HASTE": "",
     "auto": "--tau auto",
 }
