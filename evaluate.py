@@ -25,11 +25,13 @@ ordinary commands of both programs.
 import itertools
 import json
 import math
+import os
 import shlex
 import sys
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -308,6 +310,12 @@ class Folder(Dataset):
         self.shape = None
         _, H, W = self.read(self.names[0]).shape
         self.shape = (len(self.names), H, W, 3)
+        # The sizes in the files' headers tell of a misfit before the hours of measuring. EXIF can turn them.
+        for name in self.names:
+            path = self.folder / name
+            with user_error(f"{path} cannot be read"), Image.open(path) as image:
+                if sorted(image.size) != sorted((H, W)):
+                    self.check_size(name, image.height, image.width)
 
     def __len__(self):
         return len(self.names)
@@ -319,10 +327,14 @@ class Folder(Dataset):
         path = self.folder / name
         with user_error(f"{path} cannot be read"), Image.open(path) as image:
             image = haste.to_tensor(haste.to_rgb(image))
-        if self.shape and image.shape[1:] != self.shape[1:3]:
-            raise UserError(f"{path} has the size {list(image.shape[1:])}, and {self.names[0]} "
-                            f"{list(self.shape[1:3])}: all must have one size, as those of --prepare have")
+        if self.shape:
+            self.check_size(name, *image.shape[1:])
         return image
+
+    def check_size(self, name, height, width):
+        if (height, width) != self.shape[1:3]:
+            raise UserError(f"{self.folder / name} has the size {[height, width]}, and {self.names[0]} "
+                            f"{list(self.shape[1:3])}: all must have one size, as those of --prepare have")
 
 
 def split_rows(n, batch_size):
@@ -397,7 +409,7 @@ class Sampler:
             "sampler": args.mode, "steps": args.num_steps, "arithmetic": args.precision,
             "guidance": args.cfg_scale, "interval": list(self.interval),
             "guided channels": self.model.guided_channels, "labels": self.describe_labels(),
-            "VAE": self.vae.config["_name_or_path"] if self.vae else None}
+            "VAE": self.vae.config["_name_or_path"] if self.vae else "none: pixels"}
         if args.compile:
             haste.compile_blocks(self.model)
         self.folder = Path(args.out or self.default_folder())
@@ -611,17 +623,22 @@ def evaluate(args):
     for note in notes:
         print(f"note: {note}")
     report = results | {"protocol": protocol, "notes": notes}
-    if args.json:
-        write_json(args.json, report)
+    # --- the report: beside the samples that were drawn, and where --json asks for it
+    paths = [args.json] if args.json else []
     if sampler:
-        write_json(f"{args.samples}.json", report)
+        paths.append(f"{args.samples}.json")
+    for path in paths:
+        write_json(path, report)
+        print(f"{path} has these figures")
     return results
 
 
 def make_reference(args, net):
     """--make-ref: ADM's keys, from images; arr_0 holds all of them, or 10,000 evenly spaced ones."""
-    images, _ = open_images(args.make_ref)
     path = args.out or "ref.npz"
+    if os.path.exists(path):
+        raise UserError(f"--make-ref: {path} exists already: delete it, or name another file with --out")
+    images, _ = open_images(args.make_ref)
     statistics, _, _ = measure(images, net, args, "reference", keep_features=False)
     if RANK > 0:
         return
@@ -632,7 +649,8 @@ def make_reference(args, net):
     mu_s, sigma_s = [x.cpu() for x in statistics["sfid"]]
     with atomic_write(path) as f:
         np.savez(f, arr_0=arr_0, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
-    print0(f"{path}: statistics of {len(images):,} images, and {count:,} of them")
+    print0(f"{path}: mu and sigma of {len(images):,} images, and {count:,} of the images themselves, for "
+           f"precision and recall")
 
 
 # ---- 5. The command line -----------------------------------------------------------------------------------
@@ -836,8 +854,7 @@ def demo(argv):
 
 # ---- 7. The paper's claims in small, haste.py --demo --compare ---------------------------------------------
 
-# All start from the same weights, with the same batches and noise. "never" measures the cosines as "auto"
-# does, and ignores them: no cosine is below -1.
+# All start from the same weights, with the same batches and noise.
 VARIANTS = {
     "plain": "--tau 0",
     "REPA": "--tau never --lambda-a 0",
@@ -860,6 +877,8 @@ def classifier_statistics(classifier, images):
 def compare(args, training_flags):
     """haste.py --demo --compare: trains VARIANTS one after another by ordinary commands, and measures samples
     of their checkpoints. What compare.json holds is not done again."""
+    if not find_spec("matplotlib"):
+        print("note: the table will have no picture of the curves: that needs pip install matplotlib")
     exp_name = args.exp_name or "compare"
     home = Path(args.output_dir, exp_name)
     path = home / "compare.json"
@@ -928,12 +947,9 @@ def report_comparison(home, results, seeds):
     print(f"\nFrechet distance by the classifier's features, and the fraction of letters that it recognises: "
           f"mean ± standard deviation over the seeds {', '.join(seeds)}. Real letters: {distance:.1f}, "
           f"{correct:.0%}. {home}/compare.json has all figures.")
-    # The table is printed in any case; the curves need an optional package.
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("The curves need matplotlib: pip install matplotlib")
+    if not find_spec("matplotlib"):
         return
+    from matplotlib.figure import Figure
     figure = Figure((10, 4.5), layout="constrained")
     axes = figure.subplots(1, 2)
     titles = ("Frechet distance", "fraction of letters recognised")

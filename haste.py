@@ -32,6 +32,7 @@ import argparse
 import copy
 import gc
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -389,14 +390,15 @@ def load_teacher(name, grid, blocks):
     shifted to keep their distance from the last block. Raises UserError.
     """
     normalisation = {}
-    if name.startswith("dinov2_"):
-        advice = ("choose dinov2_vit[s,b,l,g]14[_reg]; without internet, copy "
-                  f"{torch.hub.get_dir()} from a machine that has loaded it")
+    if re.fullmatch("dinov2_vit[sblg]14(_reg)?", name):
+        advice = (f"without internet, copy {torch.hub.get_dir()} from a machine that has loaded it, or use "
+                  f"--teacher FILE")
         with user_error(f"--teacher {name} could not be loaded from torch.hub: {advice}"):
             vit = torch.hub.load(DINOV2_REPO, name, trust_repo=True, skip_validation=True)
     else:
         advice = 'a file holds {"config": {...}, "model": weights} of a timm VisionTransformer'
-        with user_error(f"--teacher {name} is neither a DINOv2 nor a file that can be read: {advice}"):
+        with user_error(f"--teacher {name} is neither dinov2_vit[s,b,l,g]14[_reg] nor a file that can be "
+                        f"read; {advice}"):
             saved = torch.load(name, map_location="cpu", weights_only=True)
             vit = VisionTransformer(**saved["config"], dynamic_img_size=True)
             vit.load_state_dict(saved["model"])
@@ -728,7 +730,8 @@ class Data(Dataset):
         if self.latents and not (root / "dataset.json").is_file():
             raise UserError(f"{root} has no dataset.json, so it is not complete: run --prepare again")
         if not (root / "dataset.json").is_file():
-            raise UserError(f"no dataset in {folder}: make one with --prepare IMAGES --data-dir {folder}")
+            raise UserError(f"{folder} is not a prepared dataset: make one with --prepare IMAGES "
+                            f"--data-dir NEW_FOLDER")
         self.names, self.labels, metadata = read_labels(root / "dataset.json")
         self.image_names = self.find_image_names(metadata)
 
@@ -919,8 +922,11 @@ def begin_prepare(out, settings):
     barrier()
     if not marker.is_file():
         raise UserError(f"--data-dir {out} holds files that --prepare did not write: name a new folder")
-    if read_json(marker) != settings:
-        raise UserError(f"--data-dir {out} was started with other images or settings: name a new folder")
+    before = read_json(marker)
+    different = [name for name in settings if before.get(name) != settings[name]]
+    if different:
+        raise UserError(f"--data-dir {out} was started with other {' and '.join(different)}: "
+                        f"name a new folder")
 
 
 @torch.no_grad()
@@ -932,6 +938,10 @@ def prepare(args):
     join_processes(args)
     source = Path(args.prepare)
     out = Path(args.data_dir)
+    if source.is_file():
+        raise UserError(f"--prepare {source} is a file: unpack it, and name the folder")
+    if not source.is_dir():
+        raise UserError(f"--prepare {source} does not exist")
     names, others = list_images(source)
     skipped = ""
     captions = None
@@ -941,13 +951,16 @@ def prepare(args):
         skipped = f"{len(names) - len(with_captions)} without captions, "
         names = with_captions
     classes, labels = list_classes(source, names, others, captions)
+    if len(classes) == 1 and not captions:
+        print0(f"note: all images are of one class, {classes[0]}; if {source / classes[0]} has a folder for "
+               f"each class, name it instead")
     vae = None
     if args.vae != "none":
         vae = load_vae(args.vae or VAE_ENCODER)
         if args.resolution % 8:
             raise UserError(f"--resolution {args.resolution} must be a multiple of 8, for the VAE")
     digest = hashlib.sha1("\n".join(names).encode()).hexdigest()
-    begin_prepare(out, {"names": digest, "vae": args.vae, "resolution": args.resolution})
+    begin_prepare(out, {"images": digest, "--vae": args.vae, "--resolution": args.resolution})
 
     # --- images, and their latents: those that are still missing
     # What is written last for an image tells whether it is done.
@@ -1283,6 +1296,8 @@ def load_ema(path, name=None):
     """
     saved = read_checkpoint(path, name)
     args = saved["args"]
+    if name and name != args["model"]:
+        raise UserError(f"{path} is of a {args['model']}, not of a {name}: leave --model out")
     state = saved["ema"]
     sizes = {}
     with user_error(f"{path} holds no weights of a {args['model']}; name the right --model"):
@@ -1336,8 +1351,8 @@ def newest_checkpoint(folder):
 @cache
 def load_vae(name):
     """diffusers' AutoencoderKL, frozen. Raises UserError if diffusers or weights are missing."""
-    with user_error(f"--vae {name} could not be loaded; it is a name or a folder, and needs pip install "
-                    f"diffusers; none is only for --prepare"):
+    with user_error(f"--vae {name} could not be loaded: it is a name or a folder of diffusers' AutoencoderKL "
+                    f"(pip install diffusers); --prepare also takes --vae none, for pixels"):
         from diffusers import AutoencoderKL
         config = AutoencoderKL.load_config(name)
         if config["_class_name"] != "AutoencoderKL":
@@ -1566,7 +1581,8 @@ def train(args):
     data = Data(args.data_dir)
     resolve(args, data)
     run = Path(args.output_dir, args.exp_name)
-    run.mkdir(parents=True, exist_ok=True)
+    with user_error(f"--output-dir {args.output_dir} cannot be written to"):
+        run.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(run) if RANK == 0 else None
     barrier()
 
@@ -1575,14 +1591,17 @@ def train(args):
     step = 0
     last_step = args.max_train_steps
     saved = None
+    before = {}
     if newest:
         step = int(newest.stem)
         saved = read_checkpoint(newest, asked_for)
         if saved["steps"] not in (None, step):
             print0(f"{newest} was saved after step {saved['steps']}: by its name, the run continues from "
                    f"{step}")
-        if "trained_labels" in saved["args"]:       # it is ours
-            note_changes(args, saved["args"])
+        before = saved["args"]
+        if before["model"] != args.model:
+            raise UserError(f"{newest} is of a {before['model']}, not of a {args.model}: name the right "
+                            f"--model, or another --exp-name")
     if step >= last_step:
         print0(f"{run}: {newest} is at step {step}, --max-train-steps {last_step}: there is nothing to train")
         return 0
@@ -1650,6 +1669,9 @@ def train(args):
     kind = "latents" if data.latents else "pixels"
     print0(f"{run}: {args.model} on {len(data):,} {kind} {data.shape}, {args.precision}, "
            f"{WORLD_SIZE} x {DEVICE.type}, tau {args.tau}, from step {step}")
+    # Other people's checkpoints have flags of other meanings.
+    if "trained_labels" in before:
+        note_changes(args, before)
     if not newest:
         warn_of_young_ema(args.ema_decay, last_step)
 
@@ -2131,7 +2153,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the default of a flag that has one."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False):
+        if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)
 
@@ -2154,8 +2176,8 @@ def number(kind, low, high=math.inf):
             if low <= value <= high and value != math.inf:
                 return value
         name = "whole number" if kind is int else "number"
-        upper = f" to {high}" if high != math.inf else ""
-        raise argparse.ArgumentTypeError(f"{text} is not a {name} from {low}{upper}")
+        upper = f"to {high}" if high != math.inf else "up"
+        raise argparse.ArgumentTypeError(f"{text} is not a {name} from {low} {upper}")
     return parse
 
 
@@ -2163,7 +2185,9 @@ def step_never_or_auto(text):
     """The type of --tau."""
     if text in ("never", "auto"):
         return text
-    return number(int, 0)(text)
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is neither a step, such as 250000, nor never, nor auto")
+    return int(text)
 
 
 COUNT = number(int, 1)
@@ -2198,12 +2222,14 @@ def add_common_flags(parser, precision_help, precision=None):
 def parse_args(argv=None):
     """The values of haste.py's flags, which are named as in SiT, REPA and HASTE."""
     parser = Parser("haste.py")
-    add = parser.add_argument_group("what to do, if not to train").add_argument
+    group = parser.add_argument_group("what to do, if not to train")
+    add = group.add_mutually_exclusive_group().add_argument
     add("--demo", action="store_true", help="everything on letters, offline; other flags go to its training")
-    add("--compare", action="store_true", help="with --demo: plain, REPA, attention and HASTE side by side")
-    add("--seeds", type=COUNT, default=1, help="with --compare: runs of each of them, from --seed")
     add("--prepare", metavar="IMAGES", help="turn this tree of class folders into a dataset at --data-dir")
     add("--sample", metavar="CHECKPOINT", help="draw --labels or --captions from this checkpoint's EMA")
+    add = group.add_argument
+    add("--compare", action="store_true", help="with --demo: plain, REPA, attention and HASTE side by side")
+    add("--seeds", type=COUNT, default=1, help="with --compare: runs of each of them, from --seed")
 
     add = parser.add_argument_group("data").add_argument
     add("--data-dir", default="data/imagenet256", help="a prepared dataset")
@@ -2214,7 +2240,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("alignment").add_argument
     add("--model", help=f"SiT- or DiT-[XS,S,B,L,XL]/[2,4,8], or MMDiT (default: {DEFAULT_MODEL})")
     add("--teacher", "--enc-type", default="dinov2_vitb14",
-        help="dinov2_vit[s,b,l,g]14, also with _reg, or a file")
+        help="dinov2_vit[s,b,l,g]14, also with _reg, or a file (see README)")
     add("--tau", "--early-stop-point", type=step_never_or_auto,
         help="the step at which alignment stops, never, or auto (default: the paper's for the model)")
     add("--tau-from", type=COUNT_OR_0, default=50_000, help="auto: the first measurement")
@@ -2252,7 +2278,10 @@ def parse_args(argv=None):
 
     add_sampler_flags(parser, cfg_scale=4.0)
     add_common_flags(parser, "default: bf16 on a GPU that has it, else fp16; fp32 on a CPU")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.compare and not args.demo:
+        parser.error("--compare is a part of --demo: use both")
+    return args
 
 
 class Output:
@@ -2309,6 +2338,8 @@ def main(argv=None):
     with exit_on_user_error("haste.py"):
         args = parse_args(argv)
         if args.demo:
+            if __name__ != "haste":
+                raise UserError("--demo needs this file under the name haste.py, which evaluate.py imports")
             with user_error("--demo needs evaluate.py in the same folder"):
                 import evaluate
             return evaluate.demo(sys.argv[1:] if argv is None else argv)
@@ -2320,6 +2351,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    # evaluate.py imports haste, and both must share one module.
-    import haste
-    sys.exit(haste.main())
+    # evaluate.py imports haste, and both must share one module. A copy of this file imports itself.
+    program = importlib.import_module(Path(__file__).stem)
+    sys.exit(program.main())
