@@ -41,6 +41,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from scipy.linalg.lapack import dpstrf
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -210,10 +211,13 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     R^T S_2 R has the eigenvalues of S_1 S_2 and is symmetric, so that this is exact even if S_1, of few
     samples, lacks full rank; sqrtm(S_1 S_2) is not.
     """
-    w, V = torch.linalg.eigh(sigma1)
-    # The rank, which is small if images are few.
-    positive = w > w[-1] * len(w) * torch.finfo(w.dtype).eps
-    R = V[:, positive] * w[positive].sqrt()
+    # LAPACK's Cholesky decomposition with pivots also finds the rank, which is small if images are few. Row i
+    # of L belongs to row pivots[i] - 1 of S_1.
+    L, pivots, rank, _ = dpstrf(sigma1.cpu().numpy(), lower=True)
+    L = np.tril(L)[:, :rank]
+    R = np.empty_like(L)
+    R[pivots - 1] = L
+    R = torch.from_numpy(R).to(sigma2)
     eigenvalues = torch.linalg.eigvalsh(R.T @ sigma2 @ R)
     trace = eigenvalues.clamp(min=0).sqrt().sum()
     return (((mu1 - mu2) ** 2).sum() + sigma1.trace() + sigma2.trace() - 2 * trace).item()
