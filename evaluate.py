@@ -13,9 +13,10 @@
 REF is VIRTUAL_imagenet256_labeled.npz of openai/guided-diffusion, as in DiT, SiT, REPA and HASTE. --ckpt
 draws PNGs into a folder, only those that are missing, and measures it. Run the same command again to resume.
 
-What moves a FID: the sampler, its steps and guidance; the number of samples (a CIFAR-10 model had 5.12 with
-50,000 and 9.75 with 5,000: github.com/atong01/conditional-flow-matching/issues/111); JPEG; --balanced, by
-about -0.1; a resize with half-pixel centres, from 3.943 to 3.941; TF32 in the Inception, 46.830 to 46.788.
+What moves a FID: the sampler, its steps and its guidance. Fewer samples raise it: a CIFAR-10 model had 5.12
+with 50,000 and 9.75 with 5,000 (github.com/atong01/conditional-flow-matching/issues/111). --balanced lowers
+it by about 0.1. JPEG files move it. A resize with half-pixel centres moved one FID from 3.943 to 3.941, and
+TF32 in the Inception another from 46.830 to 46.788.
 ADM computes precision and recall in fp16, which adds about 0.001 and 0.0025. Samples are drawn in fp32, with
 TF32 on a GPU, as the released code draws them; --precision bf16 is another protocol.
 
@@ -82,7 +83,9 @@ def tf1_resize(x, size=299):
         positions = torch.arange(size, dtype=torch.float32, device=x.device) * float(np.float32(n / size))
         low = positions.floor().long()
         high = (low + 1).clamp(max=n - 1)
-        weight = (positions - low).view(-1, *[1] * (3 - dim))
+        weight = positions - low
+        if dim == 2:
+            weight = weight[:, None]
         a = x.index_select(dim, low)
         b = x.index_select(dim, high)
         # a + (b - a) * weight, in place: these tensors are large.
@@ -91,7 +94,8 @@ def tf1_resize(x, size=299):
 
 
 def undo_counted_padding(branch, args):
-    """A hook in front of a pooling branch: TensorFlow's average does not count the padding, timm's does."""
+    """A hook before the convolution after an average pool: timm's pool counts the padding as zeros, which
+    TensorFlow's leaves out."""
     x, = args
     counted = F.avg_pool2d(torch.ones_like(x[:1, :1]), 3, 1, 1)
     return x / counted
@@ -114,7 +118,7 @@ class Inception(nn.Module):
         else:
             load_weights(net, weights)
         net.eval()
-        # Batch norm becomes a part of the convolution before it, which is faster.
+        # timm's bn is batch norm and ReLU. The norm becomes a part of the convolution before it: faster.
         for module in net.modules():
             if hasattr(module, "bn"):
                 module.conv = fuse_conv_bn_eval(module.conv, module.bn)
@@ -135,13 +139,13 @@ class Inception(nn.Module):
         return F.max_pool2d(self.kept.pop("input"), 3, 1, 1)
 
     def keep_spatial(self, block, args, output):
+        # ADM's spatial features: seven channels, which forward puts in the order of height, width, channel.
         self.kept["spatial"] = output[:, :7]
 
     @torch.no_grad()
     def forward(self, images):
         x = tf1_resize(images.float()).sub_(128).div_(128)
         x = x.contiguous(memory_format=torch.channels_last)
-        # The first seven channels, in the order of height, width and channel, are ADM's spatial features.
         pool = self.net.forward_features(x).mean((2, 3))
         spatial = self.kept.pop("spatial").permute(0, 2, 3, 1).flatten(1)
         return pool, spatial, pool @ self.net.fc.weight.T
@@ -155,7 +159,7 @@ def load_weights(net, path):
         else:
             state = torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", check_hash=True)
         net.load_state_dict(state, assign=True)
-        haste.check_finite(state, path)
+        haste.check_finite(state, path or WEIGHTS)
 
 
 def randomise(net):
@@ -394,8 +398,11 @@ def checksum(state):
 
 
 class Sampler:
-    """A checkpoint's samples, as PNGs in a folder. Batch i is a function of (seed, i), on any number of
-    processes. protocol, which FOLDER.json holds, is all that decides the samples. Raises UserError."""
+    """Draws a checkpoint's samples, as PNGs in a folder. Raises UserError.
+
+    Batch i is a function of (seed, i), whatever the number of processes. `protocol` is all that decides the
+    samples; FOLDER.json records it.
+    """
 
     def __init__(self, args):
         self.args = args
@@ -417,6 +424,7 @@ class Sampler:
         if args.compile:
             haste.compile_blocks(self.model)
         self.folder = Path(args.out or self.default_folder())
+        self.record = Path(f"{self.folder}.json")
 
     def default_folder(self):
         args = self.args
@@ -462,7 +470,7 @@ class Sampler:
             y = torch.tensor(y, device=DEVICE)
         key = np.random.SeedSequence((args.seed, rows.start)).generate_state(1).item()
         noise = haste.seeded_noise(self.model, len(rows), key)
-        # Another seed, so that the SDE's noise differs from the start.
+        # Another seed, so that the SDE does not draw the starting noise once more.
         torch.manual_seed(key + 1)
         allow_tf32(True)
         with haste.autocast(args.precision):
@@ -474,20 +482,20 @@ class Sampler:
         names = [f"{i:06d}.png" for i in range(self.args.num_samples)]
         # What another process or another command has drawn is there already.
         present = set(haste.list_images(self.folder)[0])
-        record = Path(f"{self.folder}.json")
-        before = self.protocol
         if present:
-            before = haste.read_json(record).get("protocol", {})
-        if present.difference(names) or not self.protocol.items() <= before.items():
+            # The report of evaluate adds keys to the protocol in this file.
+            recorded = haste.read_json(self.record).get("protocol", {})
+            same = all(recorded.get(key) == value for key, value in self.protocol.items())
             # A folder with samples of two kinds would have a figure of neither.
-            raise UserError(f"{self.folder} has samples drawn by other flags or weights: delete it, or "
-                            f"name another folder with --out")
+            if not same or present.difference(names):
+                raise UserError(f"{self.folder} has samples drawn by other flags or weights: delete it, or "
+                                f"name another folder with --out")
         missing = [rows for rows in split_rows(len(names), self.args.batch_size)
                    if not present.issuperset(names[rows.start:rows.stop])]
         # All processes have looked before one writes.
         haste.barrier()
         if not present:
-            write_json(record, {"protocol": self.protocol})
+            write_json(self.record, {"protocol": self.protocol})
         # Pillow encodes on several cores at a time.
         with ThreadPoolExecutor(4) as pool, \
                 tqdm(missing[RANK::WORLD_SIZE], "drawing", unit=" batches", disable=RANK > 0) as bar:
@@ -532,6 +540,7 @@ def measure(images, net, args, title, keep_features):
     spatial_statistics = FeatureStatistics(SPATIAL_DIM)
     inception_score = InceptionScore(n)
     features = torch.zeros(n if keep_features else 0, POOL_DIM, device=DEVICE)
+    # The loader's processes read a whole batch at a time, images[rows].
     loader = DataLoader(images, batch_size=None, sampler=ranges, num_workers=args.num_workers,
                         timeout=300 if args.num_workers else 0)
     with tqdm(total=len(ranges), desc=title, unit=" batches", disable=RANK > 0) as bar:
@@ -578,7 +587,10 @@ def list_notes(args, samples, references, reference_statistics, stored_statistic
 
 
 def evaluate(args):
-    """Measures args.ckpt or args.samples against args.ref; prints protocol and metrics, and returns these."""
+    """Measures args.ckpt or args.samples against args.ref, or makes a reference. Prints protocol and metrics.
+
+    Returns {metric: value} on the first process, and None on the others. Raises UserError.
+    """
     # --- mistakes in the reference, the samples and the checkpoint are found before the hours of sampling
     haste.join_processes(args)
     with haste.first_process_first():
@@ -596,12 +608,13 @@ def evaluate(args):
 
     # --- features of the reference, then of the samples
     if keep_features or not reference_statistics:
-        measured, _, y = measure(references, net, args, "reference", keep_features)
+        measured, _, reference_features = measure(references, net, args, "reference", keep_features)
         reference_statistics = reference_statistics or measured
+    source = args.samples
     if sampler:
-        args.samples = str(sampler.generate_missing())
-        samples = Folder(args.samples)
-    statistics, score, x = measure(samples, net, args, "samples", keep_features)
+        source = str(sampler.generate_missing())
+        samples = Folder(source)
+    statistics, inception_score, features = measure(samples, net, args, "samples", keep_features)
     if RANK > 0:
         return None
     # ADM takes the statistics that are stored in a file of samples, if there are any.
@@ -612,12 +625,12 @@ def evaluate(args):
     results = {}
     for metric in reference_statistics:
         results[metric] = frechet_distance(*statistics[metric], *reference_statistics[metric])
-    results["is"] = score
+    results["is"] = inception_score
     if keep_features:
-        results["precision"] = fraction_within(x, y, knn_radii(y))
-        results["recall"] = fraction_within(y, x, knn_radii(x))
+        results["precision"] = fraction_within(features, reference_features, knn_radii(reference_features))
+        results["recall"] = fraction_within(reference_features, features, knn_radii(features))
     protocol = {
-        "samples": args.samples, "number of samples": len(samples), "size": list(samples.shape[1:3]),
+        "samples": source, "number of samples": len(samples), "size": list(samples.shape[1:3]),
         "reference": args.ref, "features": args.inception or WEIGHTS}
     if sampler:
         protocol |= sampler.protocol
@@ -626,11 +639,12 @@ def evaluate(args):
         print(f"{name:20} {value}")
     for note in notes:
         print(f"note: {note}")
-    report = results | {"protocol": protocol, "notes": notes}
+
     # --- the report: beside the samples that were drawn, and where --json asks for it
+    report = results | {"protocol": protocol, "notes": notes}
     paths = [args.json] if args.json else []
     if sampler:
-        paths.append(f"{args.samples}.json")
+        paths.append(sampler.record)
     for path in paths:
         write_json(path, report)
         print(f"{path} has these figures")
@@ -836,15 +850,15 @@ def demo(argv):
     np.savez(home / "real.npz", arr_0=real[:50].permute(0, 2, 3, 1))
     rows = []
     for path in sorted((home / "checkpoints").glob("*.pt")):
-        args = announce(
+        evaluation = announce(
             "evaluate.py", f"--ckpt {at}/checkpoints/{path.name} --num-samples 100 {SAMPLE_FLAGS} "
                            f"--num-workers 0 --ref {at}/real.npz --inception random")
-        images, labels = sample_letters(args)
+        images, labels = sample_letters(evaluation)
         correct = accuracy(classifier, images, labels)
         print(f"the classifier recognises {correct:.0%} of the samples at step {int(path.stem)}")
         rows.append(images[:20])
-    # The last checkpoint is measured as README shows it.
-    evaluate(args)
+    # evaluation and path are those of the last checkpoint.
+    evaluate(evaluation)
     haste.sample_from(announce(
         "haste.py", f"--sample {at}/checkpoints/{path.name} {SAMPLE_FLAGS} --out {at}/samples.png"))
     # All checkpoints draw the same labels; the first row has a real letter of each of them.
@@ -918,11 +932,10 @@ def compare(args, training_flags):
         for step in range(every, training.max_train_steps + 1, every):
             checkpoint = Path(args.output_dir, run, f"checkpoints/{step:07d}.pt")
             argv = ["--ckpt", str(checkpoint), "--seed", seed, *MEASURE_FLAGS.split()]
-            measured[step] = measure_letters(*sample_letters(parse_args(argv)))
+            measured[str(step)] = measure_letters(*sample_letters(parse_args(argv)))
         results["runs"][variant][seed] = measured
         write_json(path, results)
-    write_json(path, results)
-    report_comparison(home, haste.read_json(path), seeds)
+    report_comparison(home, results, seeds)
     return 0
 
 

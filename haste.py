@@ -68,7 +68,7 @@ RANK = int(os.environ["RANK"]) if DISTRIBUTED else 0
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if DISTRIBUTED else 0
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if DISTRIBUTED else 1
 
-# To use the CPU beside a GPU, set CUDA_VISIBLE_DEVICES= (to nothing).
+# To use the CPU of a machine with a GPU, set CUDA_VISIBLE_DEVICES= (to nothing).
 DEVICE = torch.device("cuda", LOCAL_RANK) if torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -100,9 +100,9 @@ def reason(error):
 
 # ---- 1. The student: SiT -----------------------------------------------------------------------------------
 
-# The paper's models, their partners in the teacher, and tau. Attention blocks count from 0, as do the blocks
-# of the teacher (of 12); the feature block counts from 1. At 512 px, the tau of SiT-XL/2 is 300,000.
-# XS, for the demo, and S are not in the paper.
+# The paper's models: sizes, the blocks that are aligned, their partners in the teacher, and tau. Attention
+# and teacher blocks count from 0, in a teacher of 12 blocks; the feature block counts from 1. At 512 px, the
+# tau of SiT-XL/2 is 300,000. XS, for the demo, and S are not in the paper.
 Config = namedtuple("Config", "depth hidden_size num_heads attention_blocks feature_block projector_dim "
                               "teacher_blocks tau")
 CONFIGS = {
@@ -240,7 +240,7 @@ def build_projector(dim, projector_dim, teacher_dim):
 
 
 def xavier(module):
-    """SiT's initial weights of a linear layer, or of a convolution that is one on patches."""
+    """SiT's initial weights of a linear layer, or of the patch embedding, which is linear on each patch."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.xavier_uniform_(module.weight.flatten(1))
         nn.init.zeros_(module.bias)
@@ -263,7 +263,7 @@ class SiT(nn.Module):
         self.attention_blocks = attention_blocks
         self.feature_block = feature_block
         self.diffusion = Flow()                 # section 3
-        # Guidance acts on so many channels, and not at all on a model that was trained without label dropout.
+        # Guidance acts on the first guided_channels. Trained without label dropout, a model cannot be guided.
         self.guided_channels = in_channels
         self.can_be_guided = True
 
@@ -303,17 +303,17 @@ class SiT(nn.Module):
             if align:
                 # References only: the backward pass keeps these tensors anyway.
                 states.append((x, qk))
-        v = unpatchify(self.final_layer(x, c), self.patch_size)
-        if not align:
-            return v
-        z, qk = self.aligned(states)
-        return v, z, qk
+        return self.outputs(x, c, states)
 
-    def aligned(self, states):
-        """The tokens and (q, k) after each block -> what the losses of section 4 compare with the teacher."""
+    def outputs(self, x, c, states):
+        """Tokens x after the last block, c, and with align the tokens and (q, k) after each block -> as
+        forward."""
+        v = unpatchify(self.final_layer(x, c), self.patch_size)
+        if not states:
+            return v
         h, _ = states[self.feature_block - 1]
         z = self.projectors[0](h)
-        return z, [states[i][1] for i in self.attention_blocks]
+        return v, z, [states[i][1] for i in self.attention_blocks]
 
     def null_condition(self, y):
         """The null label in the shape of y, for unconditional samples (Ho and Salimans, 2021)."""
@@ -439,8 +439,8 @@ class Flow:
 
     # ODE:  dx = v dt
     # SDE:  dx = (v - w score / 2) dt + sqrt(w) dW  with w = 2 t and score = -(x + (1 - t) v) / t
-    def integrate(self, velocity, x, steps, mode):
-        """Integrates velocity(x, t, t_guide) from x (B, C, S, S) at t = 1 to 0. The paper: SDE, 250 steps."""
+    def integrate(self, network, x, steps, mode):
+        """Integrates v = network(x, t, t_guide) from x (B, C, S, S) at t = 1 to 0. Paper: SDE, 250 steps."""
         if mode == "sde":
             times = torch.linspace(1, 0.04, steps, dtype=torch.float64).tolist() + [0.0]
         else:
@@ -450,7 +450,7 @@ class Flow:
             t_next = times[i + 1]
             dt = t_next - t
             # Whether an evaluation is guided is decided by the time at which the step begins.
-            v = velocity(x, t, t_guide=t)
+            v = network(x, t, t_guide=t)
             if mode == "sde":
                 w = 2 * t
                 score = -(x + (1 - t) * v) / t
@@ -459,7 +459,7 @@ class Flow:
                 if t_next > 0:
                     x = x + math.sqrt(w * -dt) * torch.randn_like(x)
             elif mode == "heun" and t_next > 0:
-                v_next = velocity(x + v * dt, t_next, t_guide=t)
+                v_next = network(x + v * dt, t_next, t_guide=t)
                 x = x + 0.5 * (v + v_next) * dt
             else:
                 x = x + v * dt
@@ -483,10 +483,11 @@ def check_sampler(model, steps, cfg_scale, guidance, mode):
 
 @torch.no_grad()
 def sample(model, noise, y, steps=250, cfg_scale=1.0, guidance=(0.0, 1.0), mode="sde"):
-    """noise (B, C, S, S) and conditions y (B,) -> samples (B, C, S, S), in fp64.
+    """noise (B, C, S, S) and conditions y, labels (B,) or texts -> samples (B, C, S, S), in fp64.
 
     "sde" is the paper's: Euler-Maruyama with `steps` evaluations, t from 1 to 0.04, and then the mean at 0.
-    "ode" is Euler; "heun" takes 2 steps - 1 evaluations. Guidance acts if t is in the interval `guidance`.
+    "ode" is Euler's method, "heun" is Heun's with 2 * steps - 1 evaluations. Guidance acts in the steps that
+    begin at a t in the interval `guidance`.
     Raises UserError for a sampler that the model does not have, and for samples that are not finite.
     """
     check_sampler(model, steps, cfg_scale, guidance, mode)
@@ -495,7 +496,7 @@ def sample(model, noise, y, steps=250, cfg_scale=1.0, guidance=(0.0, 1.0), mode=
     guided = model.guided_channels
 
     # v = v_null + cfg_scale (v_y - v_null)
-    def guided_model(x, t, t_guide):
+    def guided_network(x, t, t_guide):
         x = x.to(noise.dtype)
         t = noise.new_full((len(x),), t)
         if cfg_scale == 1 or not low <= t_guide <= high:
@@ -505,7 +506,7 @@ def sample(model, noise, y, steps=250, cfg_scale=1.0, guidance=(0.0, 1.0), mode=
         v[:, :guided] = v_null[:, :guided] + cfg_scale * (v[:, :guided] - v_null[:, :guided])
         return v
 
-    x = model.diffusion.integrate(guided_model, noise.double(), steps, mode)
+    x = model.diffusion.integrate(guided_network, noise.double(), steps, mode)
     if not x.isfinite().all():
         raise UserError("the samples are not finite: the weights are bad, or --precision fp16 overflowed")
     return x
@@ -525,9 +526,10 @@ def feature_loss(z, features):
 # L_ATTA = - mean over pairs of blocks, images, heads and rows i of sum_j A^T_ij log A^S_ij,
 # with the attention maps A = softmax(q k^T / sqrt(head_dim))
 def attention_loss(student_qk, teacher_qk):
-    """Two lists of (q, k), one for each block, (B, heads, N, head_dim) each -> L_ATTA, a scalar, in fp32.
+    """Two lists with a pair (q, k) for each block, (B, heads, N, head_dim) each -> L_ATTA, a scalar, in fp32.
 
-    Student head i is paired with teacher head i for the first 12 heads; the remaining heads are not aligned.
+    As in the paper, student head i is paired with teacher head i, for the first 12 heads: its teacher, a
+    ViT-B, has no more. The others are not aligned, even if a larger teacher has them, too.
     """
     def pair_loss(q, k, q_t, k_t):
         heads = min(q.shape[1], q_t.shape[1], 12)
@@ -538,17 +540,20 @@ def attention_loss(student_qk, teacher_qk):
             return F.cross_entropy(logits.flatten(0, 2), maps.flatten(0, 2))
 
     # Checkpointing each pair of blocks keeps the maps of only one pair in memory at a time.
-    losses = [torch.utils.checkpoint.checkpoint(pair_loss, *student, *teacher, use_reentrant=False)
-              for student, teacher in zip(student_qk, teacher_qk, strict=True)]
-    return torch.stack(losses).mean()
+    pair_losses = [torch.utils.checkpoint.checkpoint(pair_loss, *student, *teacher, use_reentrant=False)
+                   for student, teacher in zip(student_qk, teacher_qk, strict=True)]
+    return torch.stack(pair_losses).mean()
 
 
 # target: the teacher's (features, qk) for the same images; None in phase II.
 Batch = namedtuple("Batch", "x0 eps t y target")
 
 
-def losses(net, diffusion, x0, eps, t, y, target=None, lambda_r=0.5, lambda_a=0.5):
-    """A batch -> L_diff, L_REPA and L_ATTA, not weighted. Those of weight 0 are not computed, and 0."""
+def losses(net, diffusion, x0, eps, t, y, target, lambda_r, lambda_a):
+    """A batch -> L_diff, L_REPA and L_ATTA, scalars, not yet weighted (section 3 of the paper).
+
+    A loss whose weight is 0 is not computed, and is returned as 0.
+    """
     x_t, t = diffusion.add_noise(x0, eps, t)
     repa = x0.new_zeros(())
     atta = x0.new_zeros(())
@@ -655,10 +660,11 @@ def list_images(folder):
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not is_hidden(name)]
+        below = Path(root).relative_to(folder)
         for name in files:
-            path = os.path.relpath(os.path.join(root, name), folder)
             if is_hidden(name):
                 continue
+            path = (below / name).as_posix()
             if name.lower().endswith(IMG_EXTENSIONS):
                 images.append(path)
             else:
@@ -704,9 +710,8 @@ def read_labels(path):
         if not labels:
             raise ValueError("there are none")
         names = sorted(labels)
-        values = np.array(list(map(labels.get, names)))
         # Labels may be numbers, their text, or true and false.
-        values = values.astype(np.float64)
+        values = np.array([labels[name] for name in names], dtype=np.float64)
         wrong = np.flatnonzero((values < 0) | (values % 1 != 0))
         if len(wrong):
             name = names[wrong[0]]
@@ -717,7 +722,11 @@ def read_labels(path):
 class Data(Dataset):
     """A prepared dataset: data[i] is {"index", "y", "moments" (2C, S, S), "image" (3, R, R) uint8}.
 
-    The image is there if with_images is set, or if the model learns pixels. Raises UserError.
+    The image is there if with_images is set, as the training loop does in phase I, or if the model learns
+    pixels. A dataset of another layout needs this, x0() and condition(), and these: shape, (C, S, S) of x0;
+    names, of the items; classes, their names; trained_labels, those that occur; captions, {name: texts} or
+    None; images and latents, two folders; vae and scale of the latents. For pixels, latents and vae are None,
+    and scale is 1. Raises UserError.
     """
 
     def __init__(self, folder):
@@ -727,9 +736,9 @@ class Data(Dataset):
             # Without latents, the model learns pixels.
             self.latents = None
         root = self.latents or self.images
-        if self.latents and not (root / "dataset.json").is_file():
-            raise UserError(f"{root} has no dataset.json, so it is not complete: run --prepare again")
         if not (root / "dataset.json").is_file():
+            if self.latents:
+                raise UserError(f"{root} has no dataset.json, so it is not complete: run --prepare again")
             raise UserError(f"{folder} is not a prepared dataset: make one with --prepare IMAGES "
                             f"--data-dir NEW_FOLDER")
         self.names, self.labels, metadata = read_labels(root / "dataset.json")
@@ -750,7 +759,7 @@ class Data(Dataset):
             self.vae = metadata["vae"]
             self.scale = metadata["scale"]
 
-        # The first of all files has the shape that the others must have, too.
+        # Reading the first item, with its image if there is one, records the shapes that all must have.
         self.shapes = {}
         self.with_images = (self.images / self.image_name(0)).is_file()
         first = self[0]
@@ -831,7 +840,7 @@ def to_device(items):
 # All randomness is a function of (seed, step, position in the global batch). A resumed run, or one on another
 # number of processes, sees the same images in the same order, with the same times and noise.
 
-# A batch can span the end of one permutation and the start of the next.
+# Two are kept: a batch can span the end of one permutation and the start of the next.
 @lru_cache(maxsize=2)
 def permutation(n, *key):
     return np.random.default_rng(key).permutation(n)
@@ -860,7 +869,7 @@ def load_batches(loader):
     batches = iter(loader)
     try:
         yield from batches
-    except UserError as e:      # of a loader process, which puts its traceback before it
+    except UserError as e:      # from a loader process, which puts a traceback before the message
         raise UserError(str(e).split("UserError: ")[-1].strip()) from e
     except Exception as e:
         advice = ""
@@ -870,7 +879,7 @@ def load_batches(loader):
     finally:
         if loader.num_workers > 0:
             batches._shutdown_workers()
-            # One that still waits for a file needs a signal that it cannot ignore.
+            # A worker that still waits for a file ignores every signal but this.
             for worker in batches._workers:
                 worker.kill()
 
@@ -956,9 +965,10 @@ def prepare(args):
                f"each class, name it instead")
     vae = None
     if args.vae != "none":
-        vae = load_vae(args.vae or VAE_ENCODER)
         if args.resolution % 8:
             raise UserError(f"--resolution {args.resolution} must be a multiple of 8, for the VAE")
+        with first_process_first():
+            vae = load_vae(args.vae or VAE_ENCODER)
     digest = hashlib.sha1("\n".join(names).encode()).hexdigest()
     begin_prepare(out, {"images": digest, "--vae": args.vae, "--resolution": args.resolution})
 
@@ -969,6 +979,7 @@ def prepare(args):
     missing = [i for i, path in enumerate(paths) if not path.is_file()]
     # All processes have looked before one writes.
     barrier()
+    # The dataset is a list of numbers. collate_fn, in the loader's processes, crops and writes these images.
     loader = DataLoader(missing[RANK::WORLD_SIZE], batch_size=32, num_workers=args.num_workers,
                         collate_fn=partial(write_crops, source, names, out, args.resolution))
     with tqdm(load_batches(loader), total=len(loader), disable=RANK > 0) as bar:
@@ -1186,13 +1197,13 @@ SAFE_TYPES = [
     (NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
     (NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
     np.dtype,
+    *[type(np.dtype(name)) for name in ("bool", "int8", "uint8", "int16", "int32", "int64",
+                                        "float16", "float32", "float64")],
 ]
-for dtype in ("bool", "int8", "uint8", "int16", "int32", "int64", "float16", "float32", "float64"):
-    SAFE_TYPES.append(type(np.dtype(dtype)))
 
 
 def clean_weights(state):
-    """A state dict without the prefixes of DDP and torch.compile, and without counters."""
+    """A state dict without the prefixes of DDP and torch.compile, and without scalars, such as counters."""
     return {re.sub(r"^(module\.|_orig_mod\.)+|_orig_mod\.", "", key): x for key, x in state.items()
             if isinstance(x, torch.Tensor) and x.ndim > 0}
 
@@ -1359,6 +1370,7 @@ def load_vae(name):
             raise ValueError(f"only an AutoencoderKL can be used, not a {config['_class_name']}")
         if config.get("shift_factor") or config.get("latents_mean"):
             raise ValueError("only an AutoencoderKL without shifts can be used")
+        # Missing weights would otherwise stay on the meta device, and could not be moved.
         vae, info = AutoencoderKL.from_pretrained(name, output_loading_info=True, low_cpu_mem_usage=False)
         if info["missing_keys"]:
             raise ValueError(f"the weight {min(info['missing_keys'])} is missing")
@@ -1391,7 +1403,7 @@ def to_images(x0, vae, scale):
 
 # ---- 8. Training -------------------------------------------------------------------------------------------
 
-# The run ends after so many consecutive steps that were not finite.
+# The run ends after this many consecutive steps whose gradients were not finite.
 MAX_SKIPPED = 50
 
 
@@ -1400,8 +1412,8 @@ def resolve(args, data):
     args.model = args.model or DEFAULT_MODEL
     args.exp_name = args.exp_name or args.model.replace("/", "-")
     model_class, config, patch = parse_name(args.model)
-    args.attention_blocks = args.attention_blocks or config.attention_blocks
-    args.teacher_blocks = args.teacher_blocks or config.teacher_blocks
+    args.attention_blocks = tuple(args.attention_blocks or config.attention_blocks)
+    args.teacher_blocks = tuple(args.teacher_blocks or config.teacher_blocks)
     args.encoder_depth = args.encoder_depth or config.feature_block
     args.grid = data.shape[1] // patch
     if args.cfg_prob == 0:
@@ -1433,7 +1445,7 @@ def resolve(args, data):
 
 
 def restore(saved, path, model, ema, optimizer, scaler):
-    """Loads a checkpoint into a run. Raises UserError for another model's."""
+    """Loads a checkpoint into a run. Raises UserError if it is another model's."""
     load_state(model, saved["model"], path)
     load_state(ema, saved["ema"], path)
     if "projectors.0.0.bias" not in saved["model"]:
@@ -1449,7 +1461,7 @@ def restore(saved, path, model, ema, optimizer, scaler):
         scaler.load_state_dict(saved["scaler"])
 
 
-# Flags that decide what a run learns. To change them on the way is allowed, and mentioned.
+# Flags that decide what a run learns. A resumed run may change them; note_changes says so.
 LEARNING_FLAGS = ("data_dir", "teacher", "tau", "lambda_r", "lambda_a", "attention_blocks", "teacher_blocks",
                   "encoder_depth", "batch_size", "learning_rate", "max_grad_norm", "ema_decay", "cfg_prob",
                   "seed", "precision")
@@ -1458,9 +1470,9 @@ LEARNING_FLAGS = ("data_dir", "teacher", "tau", "lambda_r", "lambda_a", "attenti
 def note_changes(args, before):
     """Says which of a run's flags differ from those with which its checkpoint was saved."""
     for name in LEARNING_FLAGS:
-        old, new = before.get(name), getattr(args, name)
-        if name in before and str(old).strip("()[]") != str(new).strip("()[]"):
-            print0(f"note: --{name.replace('_', '-')} was {old} until now, and is {new} from now on")
+        if name in before and before[name] != getattr(args, name):
+            print0(f"note: --{name.replace('_', '-')} was {before[name]} until now, and is "
+                   f"{getattr(args, name)} from now on")
 
 
 def cut_metrics(path, step, auto_tau):
@@ -1472,8 +1484,8 @@ def cut_metrics(path, step, auto_tau):
         # A killed run can leave a torn line.
         with suppress(ValueError, KeyError, TypeError):
             values = json.loads(line)
-            # A comparison of gradients comes before its step, and is repeated unless it ended phase I.
-            repeated = "cosine" in values and values["step"] == step != auto_tau
+            # A measurement comes before the step of its number. It is repeated, unless it set tau.
+            repeated = "cosine" in values and values["step"] == step and step != auto_tau
             if values["step"] <= step and not repeated:
                 kept.append(line + "\n")
     with atomic_write(path) as f:
@@ -1526,7 +1538,7 @@ class Meter:
 
     def finish_line(self):
         """Means over the steps that were taken, as a line of the log. Raises UserError after MAX_SKIPPED
-        consecutive steps that were not."""
+        consecutive steps that were skipped."""
         table = torch.stack(self.steps)
         if WORLD_SIZE > 1:
             dist.all_reduce(table)
@@ -1675,6 +1687,9 @@ def train(args):
     if not newest:
         warn_of_young_ema(args.ema_decay, last_step)
 
+    # These three use the variables of the loop: step, aligned, bar and auto_tau as they are at the call.
+    meter = Meter(args.batch_size)
+
     def save():
         state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(),
                  "scaler": scaler.state_dict(), "args": saved_args, "steps": step, "tau": auto_tau}
@@ -1694,7 +1709,6 @@ def train(args):
         except UserError as e:      # a picture is no reason to end a run
             print0(f"warning: {path} was not drawn: {e}")
 
-    meter = Meter(args.batch_size)
     batches = None
     stopping = False
     with StopSignals() as stop, tqdm(total=last_step, initial=step, disable=RANK > 0) as bar, \
@@ -1707,7 +1721,7 @@ def train(args):
                 if not aligned:
                     teacher = None
                 data.with_images = aligned
-                # DDP waits for all weights that require a gradient.
+                # DDP waits for the gradient of each weight that requires one; an unused projector gets none.
                 model.projectors.requires_grad_(aligned and args.lambda_r > 0)
                 trained = [p for p in model.parameters() if p.requires_grad]
                 averaged = [p for p, of_model in zip(ema.parameters(), model.parameters())
@@ -1737,11 +1751,11 @@ def train(args):
             # --- the trigger: is it time for phase II?
             if aligned and trigger_is_due(step, args):
                 # A compiled backward pass runs only once, and here there are two.
-                with torch.compiler.set_stance("force_eager"):
+                with meter.paused(), torch.compiler.set_stance("force_eager"):
                     size = max(1, micro_batch_size // 2)
                     cosines = measure_cosines(model, teacher, data, args, step, size)
                 log(run, args, step=step, cosine=sum(cosines) / len(cosines), cosines=cosines)
-                # The first process decides for all. The same checkpoint as at a tau that was given follows.
+                # The first process decides for all. As at a tau that was given, a checkpoint is saved.
                 if any_process(RANK == 0 and trigger_fires(cosines, args)):
                     tau = step
                     auto_tau = step
@@ -1788,7 +1802,7 @@ def train(args):
             update_ema(averaged, trained, args.ema_decay)
             step += 1
 
-            # --- everything below is diagnostics
+            # --- log, checkpoint, samples
             bar.update()
             meter.steps.append(torch.stack([*means, norm]))
             at_end = step in (tau, last_step)
@@ -1851,7 +1865,7 @@ def sample_grid(path, model, saved_args, args):
     names, y = grid_conditions(model, saved_args, args)
     noise = seeded_noise(model, len(y), args.seed)
     interval = (args.guidance_low, args.guidance_high)
-    # Another seed, so that the SDE's noise differs from the start.
+    # Another seed, so that the SDE does not draw the starting noise once more.
     torch.manual_seed(args.seed + 1)
     with autocast(args.precision):
         x = sample(model, noise, y, args.num_steps, args.cfg_scale, interval, args.mode)
@@ -1875,10 +1889,11 @@ def sample_from(args):
 
 @cache
 def ddpm_schedule(steps, device, dtype):
-    """`steps` of DiT's 1000 timesteps, evenly spaced, and for them (6, steps): sqrt abar, sqrt(1 - abar), the
-    posterior coefficients of x0 and x_t, log beta and log beta~."""
+    """(timesteps, table): `steps` of DiT's 1000 timesteps, evenly spaced, and six values of each, (6, steps):
+    sqrt abar, sqrt(1 - abar), the posterior's coefficients of x0 and x_t, log beta and log beta~."""
     distance = 999 / (steps - 1)
-    timesteps = np.cumsum([0] + (steps - 1) * [distance]).round().astype(int)       # as DiT rounds
+    # DiT adds the distances up; linspace would round some timesteps to their neighbours.
+    timesteps = np.cumsum([0] + (steps - 1) * [distance]).round().astype(int)
     # abar_t = product of 1 - beta up to t; with s, the timestep kept before t, beta = 1 - abar_t / abar_s
     abar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[timesteps]
     abar_s = np.append(1.0, abar[:-1])
@@ -1956,7 +1971,7 @@ class DDPM:
         """From noise x through `steps` timesteps, nothing clipped.
 
         "ddpm" is DiT's own: ancestral, with the learned variance. "sde" is the paper's: Euler-Maruyama for
-        dx = -(x / 2 + score) dtau + dw with tau = -log abar and score = -eps / sqrt(1 - abar).
+        dx = -(x / 2 + score) dr + dw with r = -log abar and score = -eps / sqrt(1 - abar).
         """
         timesteps, _ = ddpm_schedule(steps, x.device, x.dtype)
         for i in tqdm(range(steps - 1, -1, -1), desc="sampling", disable=RANK > 0, leave=False):
@@ -1968,9 +1983,9 @@ class DDPM:
             else:
                 signal, noise, *_ = ddpm_at(i, x, steps)
                 signal_next = ddpm_at(i - 1, x, steps)[0] if i > 0 else 1
-                dtau = 2 * torch.log(signal_next / signal)
-                mean = x + (x / 2 - eps / noise) * dtau
-                std = dtau ** 0.5
+                dr = 2 * torch.log(signal_next / signal)
+                mean = x + (x / 2 - eps / noise) * dr
+                std = dr ** 0.5
             x = mean
             # There is no noise in the last step.
             if i > 0:
@@ -2070,6 +2085,7 @@ class MMDiT(nn.Module):
         self.projectors = nn.ModuleList([build_projector(hidden_size, projector_dim, teacher_dim)])
         self.final_layer = FinalLayer(hidden_size, patch_size ** 2 * in_channels)
 
+    # The released weights call them joint_blocks; the trigger and --compile look for blocks, as in SiT.
     @property
     def blocks(self):
         return self.joint_blocks
@@ -2084,13 +2100,10 @@ class MMDiT(nn.Module):
             x, text, qk = block(x, text, c)
             if align:
                 states.append((x, qk))
-        v = unpatchify(self.final_layer(x, c), self.patch_size)
-        if not align:
-            return v
-        z, qk = self.aligned(states)
-        return v, z, qk
+        return self.outputs(x, c, states)
 
-    aligned = SiT.aligned
+    # The two end alike.
+    outputs = SiT.outputs
 
     def null_condition(self, y):
         """The encoding of the empty caption, in the shape of y."""
@@ -2139,8 +2152,12 @@ def choose_captions(data, indices, u, cfg_prob):
     texts = []
     for i, x in zip(indices.tolist(), u.tolist()):
         captions = data.captions[data.names[i]]
-        chosen = int((x - cfg_prob) / (1 - cfg_prob) * len(captions)) if x >= cfg_prob else None
-        texts.append("" if chosen is None else captions[chosen])
+        if x < cfg_prob:
+            texts.append("")
+            continue
+        # What remains of the interval is uniform, too.
+        share = (x - cfg_prob) / (1 - cfg_prob)
+        texts.append(captions[int(share * len(captions))])
     return texts
 
 
@@ -2327,6 +2344,9 @@ def exit_on_user_error(program):
         sys.exit(f"{program}: out of GPU memory: use --gradient-accumulation-steps, or a smaller "
                  f"--batch-size ({reason(e)})")
     except (UserError, OSError, dist.DistError) as e:
+        # For whoever changes this file, python -X dev shows the traceback.
+        if sys.flags.dev_mode:
+            raise
         message = " ".join(str(e).split())
         sys.exit(f"{program}: {message}")
     finally:

@@ -2953,7 +2953,8 @@ def test_weights_that_are_not_finite_end_in_a_sentence_and_not_in_a_picture(
     teacher = torch.load(dataset / "teacher.pt")
     teacher["model"]["blocks.0.mlp.fc1.bias"][0] = value
     torch.save(teacher, tmp_path / "teacher.pt")
-    assert sentence in complaint(*run_flags(dataset, tmp_path, "--teacher", tmp_path / "teacher.pt"))
+    flags = run_flags(dataset, tmp_path / "new", "--teacher", tmp_path / "teacher.pt")
+    assert f"teacher.pt: {sentence}" in complaint(*flags)
 
 
 def test_samples_that_are_not_finite_are_refused():
