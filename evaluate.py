@@ -401,7 +401,7 @@ class Sampler:
     """Draws a checkpoint's samples, as PNGs in a folder. Raises UserError.
 
     Batch i is a function of (seed, i), whatever the number of processes. `protocol` is all that decides the
-    samples; FOLDER.json records it.
+    samples; FOLDER.json holds it.
     """
 
     def __init__(self, args):
@@ -420,7 +420,11 @@ class Sampler:
             "sampler": args.mode, "steps": args.num_steps, "arithmetic": args.precision,
             "guidance": args.cfg_scale, "interval": list(self.interval),
             "guided channels": self.model.guided_channels, "labels": self.describe_labels(),
-            "VAE": self.vae.config["_name_or_path"] if self.vae else "none: pixels"}
+            "labels' checksum": zlib.crc32("\n".join(map(str, self.labels)).encode()),
+            "VAE": "none: pixels", "scale": self.scale}
+        if self.vae:
+            self.protocol["VAE"] = self.vae.config["_name_or_path"]
+            self.protocol["VAE's checksum"] = checksum(self.vae.state_dict())
         if args.compile:
             haste.compile_blocks(self.model)
         self.folder = Path(args.out or self.default_folder())
@@ -440,6 +444,8 @@ class Sampler:
         source = self.args.captions_from
         if isinstance(self.model, haste.MMDiT) != bool(source):
             raise UserError("--captions-from DIR is for an MMDiT, which draws the captions of that dataset")
+        if source and self.args.balanced:
+            raise UserError("--balanced is for classes, and an MMDiT has none: leave it out")
         if source:
             data = haste.Data(source)
             with user_error(f"--captions-from {source} has images without captions"):
@@ -482,20 +488,25 @@ class Sampler:
         names = [f"{i:06d}.png" for i in range(self.args.num_samples)]
         # What another process or another command has drawn is there already.
         present = set(haste.list_images(self.folder)[0])
+        if present and not self.record.is_file():
+            raise UserError(f"{self.folder} holds images that this program did not draw: name another --out")
         if present:
-            # The report of evaluate adds keys to the protocol in this file.
-            recorded = haste.read_json(self.record).get("protocol", {})
-            same = all(recorded.get(key) == value for key, value in self.protocol.items())
+            recorded = haste.read_json(self.record)
+            different = [key for key, value in self.protocol.items() if recorded.get(key) != value]
+            different += sorted(present.difference(names))[:3]
             # A folder with samples of two kinds would have a figure of neither.
-            if not same or present.difference(names):
-                raise UserError(f"{self.folder} has samples drawn by other flags or weights: delete it, or "
-                                f"name another folder with --out")
+            if different:
+                raise UserError(f"{self.folder} has samples that were drawn in another way "
+                                f"({', '.join(different)}): delete it, or name another --out")
         missing = [rows for rows in split_rows(len(names), self.args.batch_size)
                    if not present.issuperset(names[rows.start:rows.stop])]
         # All processes have looked before one writes.
         haste.barrier()
-        if not present:
-            write_json(self.record, {"protocol": self.protocol})
+        lock = None
+        if RANK == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = haste.lock_folder(self.folder)
+            write_json(self.record, self.protocol)
         # Pillow encodes on several cores at a time.
         with ThreadPoolExecutor(4) as pool, \
                 tqdm(missing[RANK::WORLD_SIZE], "drawing", unit=" batches", disable=RANK > 0) as bar:
@@ -504,6 +515,8 @@ class Sampler:
                 paths = [self.folder / names[i] for i in rows]
                 list(pool.map(write_png, paths, arrays))
         haste.barrier()
+        if lock:
+            lock.close()
         return self.folder
 
 
@@ -593,6 +606,8 @@ def evaluate(args):
     """
     # --- mistakes in the reference, the samples and the checkpoint are found before the hours of sampling
     haste.join_processes(args)
+    if args.json:
+        haste.check_output("--json", args.json)
     with haste.first_process_first():
         net = Inception(args.inception).to(DEVICE)
     if args.make_ref:
@@ -644,7 +659,7 @@ def evaluate(args):
     report = results | {"protocol": protocol, "notes": notes}
     paths = [args.json] if args.json else []
     if sampler:
-        paths.append(sampler.record)
+        paths.append(f"{source}-{Path(args.ref).stem}.json")
     for path in paths:
         write_json(path, report)
         print(f"{path} has these figures")
@@ -654,6 +669,7 @@ def evaluate(args):
 def make_reference(args, net):
     """--make-ref: ADM's keys, from images; arr_0 holds all of them, or 10,000 evenly spaced ones."""
     path = args.out or "ref.npz"
+    haste.check_output("--out", path)
     if os.path.exists(path):
         raise UserError(f"--make-ref: {path} exists already: delete it, or name another file with --out")
     images, _ = open_images(args.make_ref)

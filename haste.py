@@ -32,7 +32,6 @@ import argparse
 import copy
 import gc
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -42,7 +41,7 @@ import signal
 import sys
 import time
 import zipfile
-from collections import namedtuple
+from collections import Counter, namedtuple
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import cache, lru_cache, partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -63,9 +62,9 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 # Set by torchrun. Some platforms set WORLD_SIZE for a single process; without RANK it means nothing.
-DISTRIBUTED = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+DISTRIBUTED = bool(os.environ.get("RANK") and os.environ.get("WORLD_SIZE"))
 RANK = int(os.environ["RANK"]) if DISTRIBUTED else 0
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0)) if DISTRIBUTED else 0
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0) if DISTRIBUTED else 0
 WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if DISTRIBUTED else 1
 
 # To use the CPU of a machine with a GPU, set CUDA_VISIBLE_DEVICES= (to nothing).
@@ -338,8 +337,11 @@ class Teacher(nn.Module):
         self.grid = grid
         self.dim = vit.embed_dim
         self.size = grid * vit.patch_embed.patch_size[0]
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
+        for name, x in (("mean", mean), ("std", std)):
+            x = torch.as_tensor(x, dtype=torch.float32).view(3, 1, 1)
+            if not ((0 <= x) & (x <= 1)).all() or (name == "std" and x.min() == 0):
+                raise ValueError(f"the {name} of its images, which are in [0, 1], is {x.flatten().tolist()}")
+            self.register_buffer(name, 255 * x, persistent=False)
 
         # Positions are resampled once. Those of class and register tokens, if they have any, come first.
         prefix = vit.pos_embed.shape[1] - vit.patch_embed.num_patches
@@ -352,7 +354,7 @@ class Teacher(nn.Module):
         # DINOv2's attention does not return its maps, and a fused kernel never forms them.
         # Hooks keep the output of qkv, so that the hub's code stays as it is.
         self.qkv = {}
-        for b in blocks:
+        for b in set(blocks):
             vit.blocks[b].attn.qkv.register_forward_hook(partial(self.keep, b))
 
     def keep(self, b, module, args, output):
@@ -373,11 +375,12 @@ class Teacher(nn.Module):
         qk = []
         for b in self.blocks:
             attn = self.vit.blocks[b].attn
-            q, k, _ = split_heads(self.qkv.pop(b)[:, -N:], attn.num_heads)
+            q, k, _ = split_heads(self.qkv[b][:, -N:], attn.num_heads)
             # In timm's ViTs, q and k may have norms of their own.
             if hasattr(attn, "q_norm"):
                 q, k = attn.q_norm(q), attn.k_norm(k)
             qk.append((q, k))
+        self.qkv.clear()
         return features[:, -N:], qk
 
 
@@ -400,8 +403,10 @@ def load_teacher(name, grid, blocks):
         with user_error(f"--teacher {name} is neither dinov2_vit[s,b,l,g]14[_reg] nor a file that can be "
                         f"read; {advice}"):
             saved = torch.load(name, map_location="cpu", weights_only=True)
-            vit = VisionTransformer(**saved["config"], dynamic_img_size=True)
-            vit.load_state_dict(saved["model"])
+            vit = VisionTransformer(**saved["config"] | {"dynamic_img_size": True})
+            vit.load_state_dict(clean_weights(saved["model"]))
+            if len(set(vit.patch_embed.grid_size)) > 1 or vit.patch_embed.proj.in_channels != 3:
+                raise ValueError("its images must be square and have three channels")
             check_finite(saved["model"], name)
             normalisation = {key: saved[key] for key in ("mean", "std") if key in saved}
 
@@ -644,7 +649,7 @@ VAE_SCALE = 0.18215
 
 def is_hidden(name):
     """True for names of files and folders that are never classes or images."""
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith((".", "@")) or name in ("__MACOSX", "lost+found")
 
 
 def list_images(folder):
@@ -677,7 +682,7 @@ def to_rgb(image):
     # Damaged EXIF data can raise any exception, while the pixels are intact.
     with suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
-    sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if sixteen_bits:
         levels = np.asarray(image) // 256
         return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
@@ -709,10 +714,15 @@ def read_labels(path):
         labels = dict(metadata["labels"])
         if not labels:
             raise ValueError("there are none")
+        if len(labels) < len(metadata["labels"]):
+            raise ValueError("a name occurs twice")
         names = sorted(labels)
         # Labels may be numbers, their text, or true and false.
         values = np.array([labels[name] for name in names], dtype=np.float64)
-        wrong = np.flatnonzero((values < 0) | (values % 1 != 0))
+        if values.ndim > 1:
+            raise ValueError("a label is a list")
+        # More than a million classes are the numbers of something else, such as WordNet's.
+        wrong = np.flatnonzero((values < 0) | (values % 1 != 0) | (values > 1_000_000))
         if len(wrong):
             name = names[wrong[0]]
             raise ValueError(f"the label of {name} is {labels[name]}")
@@ -743,21 +753,33 @@ class Data(Dataset):
                             f"--data-dir NEW_FOLDER")
         self.names, self.labels, metadata = read_labels(root / "dataset.json")
         self.image_names = self.find_image_names(metadata)
+        # It tells a resumed run whether the dataset is still the same.
+        self.digest = hashlib.sha1(self.names.tobytes() + self.labels.tobytes()).hexdigest()
 
         # The labels that occur, and the names of all classes up to the largest.
         self.trained_labels = np.unique(self.labels).tolist()
         self.classes = metadata.get("classes") or [str(i) for i in range(self.labels.max() + 1)]
+        if not isinstance(self.classes, list):
+            raise UserError(f"{root}/dataset.json: the classes must be a list of their names")
         if self.labels.max() >= len(self.classes):
             raise UserError(f"{root}/dataset.json has the label {self.labels.max()}, "
                             f"but only {len(self.classes)} classes: name all of them")
         self.captions = metadata.get("captions")
+        if self.captions:
+            for name in self.names:
+                texts = self.captions.get(name)
+                if not texts or not all(isinstance(text, str) for text in texts) or isinstance(texts, str):
+                    raise UserError(f"{root}/dataset.json: the captions of {name} must be a list of texts")
 
         # The VAE that made the latents; REPA's listings do not name it.
         self.vae = VAE_ENCODER if self.latents else None
         self.scale = VAE_SCALE if self.latents else 1.0
         if self.latents and "vae" in metadata:
             self.vae = metadata["vae"]
-            self.scale = metadata["scale"]
+            self.scale = metadata.get("scale")
+            if not isinstance(self.scale, (int, float)) or not 0 < self.scale < math.inf:
+                raise UserError(f"{root}/dataset.json: the scale of latents must be a number above 0, "
+                                f"not {self.scale}")
 
         # Reading the first item, with its image if there is one, records the shapes that all must have.
         self.shapes = {}
@@ -798,10 +820,13 @@ class Data(Dataset):
             path = self.latents / self.names[i]
             with user_error(f"{path} cannot be read"):
                 # Some tools store a batch of one.
-                moments = torch.from_numpy(np.load(path)).float().squeeze(0)
+                moments = torch.from_numpy(np.load(path).astype(np.float32)).squeeze(0)
             if not moments.isfinite().all():
                 raise UserError(f"{path} holds values that are not finite: encode it again")
             item["moments"] = self.check_shape("moments", path, moments)
+            _, std = moments.chunk(2)
+            if std.min() < 0:
+                raise UserError(f"{path} must hold mean and std, and its std is negative, as a logarithm is")
         if self.with_images or not self.latents:
             path = self.images / self.image_name(i)
             with user_error(f"{path} cannot be read"):
@@ -811,6 +836,8 @@ class Data(Dataset):
 
     def check_shape(self, kind, path, x):
         """x, if it has the shape of the first file of its kind. Raises UserError."""
+        if x.ndim != 3:
+            raise UserError(f"{path} has the shape {list(x.shape)}, and not three dimensions")
         expected = self.shapes.setdefault(kind, x.shape)
         if x.shape != expected:
             raise UserError(f"{path} has the shape {list(x.shape)}, and the others {list(expected)}: "
@@ -900,6 +927,9 @@ def write_crops(source, names, out, size, indices):
     return crops
 
 
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
 def list_classes(source, names, others, captions):
     """The names of the top folders of these images, sorted, and the label of each image. Raises UserError."""
     top_folders = [name.split("/")[0] if "/" in name else "" for name in names]
@@ -917,15 +947,16 @@ def list_classes(source, names, others, captions):
                         f"to train without classes, put all into one folder")
     if empty:
         raise UserError(f"{advice}: no images are in {', '.join(empty)}")
-    if {"train", "val"} <= set(classes):
-        raise UserError(f"{advice}: to use the training images, name {source / 'train'}")
+    if len(classes) > 1 and {name.lower() for name in classes} <= SPLITS:
+        raise UserError(f"{advice}: {', '.join(classes)} are parts of a dataset; name one of them, such as "
+                        f"{source / classes[0]}")
     return classes.tolist(), labels
 
 
 def begin_prepare(out, settings):
     """Marks a new folder as one of --prepare with these settings, or checks the mark. Raises UserError."""
     marker = out / ".prepare.json"
-    if RANK == 0 and not any(out.glob("*")):
+    if RANK == 0 and not marker.is_file() and all(is_hidden(path.name) for path in out.glob("*")):
         with atomic_write(marker) as f:
             f.write(json.dumps(settings).encode())
     barrier()
@@ -951,10 +982,14 @@ def prepare(args):
         raise UserError(f"--prepare {source} is a file: unpack it, and name the folder")
     if not source.is_dir():
         raise UserError(f"--prepare {source} does not exist")
+    if source.resolve() in out.resolve().parents:
+        raise UserError(f"--data-dir {out} is inside of --prepare {source}: name a folder outside of it")
     names, others = list_images(source)
     skipped = ""
     captions = None
     if args.captions:
+        if len(args.captions) > 1:
+            raise UserError("--captions: --prepare takes one file")
         captions = read_coco(args.captions[0], names)
         with_captions = [name for name in names if name in captions]
         skipped = f"{len(names) - len(with_captions)} without captions, "
@@ -969,8 +1004,13 @@ def prepare(args):
             raise UserError(f"--resolution {args.resolution} must be a multiple of 8, for the VAE")
         with first_process_first():
             vae = load_vae(args.vae or VAE_ENCODER)
-    digest = hashlib.sha1("\n".join(names).encode()).hexdigest()
-    begin_prepare(out, {"images": digest, "--vae": args.vae, "--resolution": args.resolution})
+    out.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(out) if RANK == 0 else None
+    barrier()
+    # Names may hold bytes that are not UTF-8.
+    digest = hashlib.sha1("\n".join(names).encode(errors="surrogateescape")).hexdigest()
+    begin_prepare(
+        out, {"images": digest, "--vae": args.vae or VAE_ENCODER, "--resolution": args.resolution})
 
     # --- images, and their latents: those that are still missing
     # What is written last for an image tells whether it is done.
@@ -999,6 +1039,8 @@ def prepare(args):
     # --- dataset.json, of the images and then of the latents
     if RANK == 0:
         done = [i for i, path in enumerate(paths) if path.is_file()]
+        if not done:
+            raise UserError(f"--prepare {source}: none of its {len(names)} images can be read")
         metadata = {"classes": classes, "vae": args.vae or VAE_ENCODER,
                     "scale": vae.config.scaling_factor if vae else 1.0}
         for template in (PNG, NPY) if vae else (PNG,):
@@ -1011,6 +1053,7 @@ def prepare(args):
                 f.write(json.dumps(metadata).encode())
         print0(f"{out}: {len(done):,} images; skipped: {skipped}{len(names) - len(done)} unreadable, "
                f"{len(others)} other files {others[:3]}; classes from 0: {', '.join(classes[:12])}")
+        lock.close()
 
 
 # ---- 7. Processes, models, files ---------------------------------------------------------------------------
@@ -1153,10 +1196,19 @@ def lock_folder(folder):
             # The system drops the lock with the process, however it ends; loader processes do not inherit it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise UserError(f"another run is writing to {folder}: wait, or use another --exp-name")
+            raise UserError(f"another program is writing to {folder}: wait, or name another folder or "
+                            f"--exp-name")
         except OSError as e:
             print0(f"note: {folder} cannot be locked against a second run ({reason(e)})")
     return file
+
+
+def check_output(flag, path):
+    """Raises UserError if a file cannot be written there, before the work whose result it is to hold."""
+    with user_error(f"{flag} {path} cannot be written"):
+        if Path(path).is_dir():
+            raise IsADirectoryError("it is a folder")
+        os.makedirs(Path(path).absolute().parent, exist_ok=True)
 
 
 def read_json(path):
@@ -1186,8 +1238,9 @@ def build_model(name, **sizes):
 
 
 # Harmless types in the args of other people's checkpoints, under the names that versions of Python and numpy
-# give them. numpy pickles a number as a call of its function multiarray.scalar, which has no public name.
+# give them. numpy pickles numbers and arrays as calls of two functions, which have no public names.
 NUMPY_SCALAR = np.float64(0).__reduce__()[0]
+NUMPY_ARRAY = np.zeros(1).__reduce__()[0]
 SAFE_TYPES = [
     argparse.Namespace,
     (PurePosixPath, "pathlib.PosixPath"),
@@ -1196,9 +1249,12 @@ SAFE_TYPES = [
     (PureWindowsPath, "pathlib._local.WindowsPath"),
     (NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
     (NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
+    (NUMPY_ARRAY, "numpy.core.multiarray._reconstruct"),
+    (NUMPY_ARRAY, "numpy._core.multiarray._reconstruct"),
+    np.ndarray,
     np.dtype,
-    *[type(np.dtype(name)) for name in ("bool", "int8", "uint8", "int16", "int32", "int64",
-                                        "float16", "float32", "float64")],
+    *[type(np.dtype(name)) for name in ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16",
+                                        "uint32", "uint64", "float16", "float32", "float64", "str")],
 ]
 
 
@@ -1285,19 +1341,28 @@ def add_missing_null_label(state, args):
 
 
 def check_finite(state, path):
-    """Raises UserError for weights that are not finite."""
+    """Raises UserError for tensors that are not finite."""
     # One of them would make every loss and every sample NaN, far from its cause.
     for key, x in state.items():
-        if not x.isfinite().all():
-            raise UserError(f"{path}: the weight {key} is not finite")
+        if isinstance(x, torch.Tensor) and not x.isfinite().all():
+            raise UserError(f"{path}: {key} is not finite")
 
 
 def load_state(model, state, path):
-    """Loads weights; a missing projector stays as it is. Raises UserError with the first key that differs."""
+    """Loads weights -> True if they have a projector that fits; otherwise the model's stays as it is.
+
+    Raises UserError with the first key that differs.
+    """
     check_finite(state, path)
     projector = {key: x for key, x in model.state_dict().items() if key.startswith("projectors.")}
-    with user_error(f"{path} belongs to another model: name the right --model, or another --exp-name"):
-        model.load_state_dict(projector | state)
+    saved_projector = {key: x for key, x in state.items() if key.startswith("projectors.")}
+    rest = {key: x for key, x in state.items() if key not in saved_projector}
+    shapes = {key: x.shape for key, x in projector.items()}
+    fits = {key: x.shape for key, x in saved_projector.items()} == shapes
+    with user_error(f"{path} belongs to another model or dataset: name the right --model and --data-dir, or "
+                    f"another --exp-name"):
+        model.load_state_dict(rest | (saved_projector if fits else projector))
+    return fits
 
 
 def load_ema(path, name=None):
@@ -1325,13 +1390,13 @@ def load_ema(path, name=None):
     # Other people's latents are those of Stable Diffusion's VAE.
     if "scale" not in args:
         args |= {"vae": VAE_ENCODER if channels != 3 else None, "scale": VAE_SCALE}
-    warn_of_young_ema(args.get("ema_decay", 0), saved["steps"])
+    warn_of_young_ema(args.get("ema_decay"), saved["steps"])
     return model.to(DEVICE).eval(), args
 
 
 def warn_of_young_ema(decay, steps):
     """Says so if the EMA, of which samples are drawn, still holds much of the initial weights."""
-    share = decay ** steps if steps is not None else 0
+    share = decay ** steps if decay and steps is not None else 0
     if share > 0.1:
         print0(f"note: after {steps} steps {share:.0%} of the EMA are the weights from before training: "
                f"samples may be noise; train longer, or with a lower --ema-decay than {decay}")
@@ -1438,6 +1503,12 @@ def resolve(args, data):
         raise UserError(f"--encoder-depth {args.encoder_depth}: {args.model} has {config.depth} blocks")
     if args.tau != 0 and args.lambda_r == 0 and args.lambda_a == 0:
         raise UserError("--lambda-r 0 and --lambda-a 0 leave nothing to align: use --tau 0")
+    if args.tau == "auto" and args.tau_from >= args.max_train_steps:
+        raise UserError(f"--tau auto measures first at step {args.tau_from}, and the run ends at "
+                        f"{args.max_train_steps}: use a lower --tau-from")
+    if args.tau == "auto" and args.lambda_r == 0 and max(args.attention_blocks) < args.encoder_depth - 1:
+        raise UserError("--tau auto compares gradients in the block of --encoder-depth, which L_ATTA does "
+                        "not reach: use a lower --encoder-depth")
     if model_class is MMDiT and not data.captions:
         raise UserError(f"an MMDiT needs captions, and {args.data_dir} has none: prepare it with --captions")
     if model_class is not MMDiT and data.captions:
@@ -1446,10 +1517,10 @@ def resolve(args, data):
 
 def restore(saved, path, model, ema, optimizer, scaler):
     """Loads a checkpoint into a run. Raises UserError if it is another model's."""
-    load_state(model, saved["model"], path)
     load_state(ema, saved["ema"], path)
-    if "projectors.0.0.bias" not in saved["model"]:
-        print0(f"{path} has no projector: it starts from random weights, and the optimizer's state from zero")
+    if not load_state(model, saved["model"], path):
+        print0(f"{path} has no projector of this run's: it starts from random weights, and the optimizer's "
+               f"state from zero")
     elif not saved["opt"]:
         print0(f"{path} has no optimizer: its state starts from zero")
     else:
@@ -1457,30 +1528,38 @@ def restore(saved, path, model, ema, optimizer, scaler):
         groups = optimizer.state_dict()["param_groups"]
         with user_error(f"{path}: the optimizer's state is another model's"):
             optimizer.load_state_dict(saved["opt"] | {"param_groups": groups})
+        for state in saved["opt"]["state"].values():
+            check_finite(state, path)
     if saved["scaler"]:
         scaler.load_state_dict(saved["scaler"])
 
 
 # Flags that decide what a run learns. A resumed run may change them; note_changes says so.
-LEARNING_FLAGS = ("data_dir", "teacher", "tau", "lambda_r", "lambda_a", "attention_blocks", "teacher_blocks",
-                  "encoder_depth", "batch_size", "learning_rate", "max_grad_norm", "ema_decay", "cfg_prob",
-                  "seed", "precision")
+LEARNING_FLAGS = ("data_dir", "teacher", "tau", "tau_from", "tau_every", "tau_images", "tau_cosine",
+                  "lambda_r", "lambda_a", "attention_blocks", "teacher_blocks", "encoder_depth", "batch_size",
+                  "learning_rate", "max_grad_norm", "ema_decay", "cfg_prob", "seed", "precision")
 
 
 def note_changes(args, before):
-    """Says which of a run's flags differ from those with which its checkpoint was saved."""
+    """Says what differs between a run's args and those with which its checkpoint was saved."""
     for name in LEARNING_FLAGS:
-        if name in before and before[name] != getattr(args, name):
-            print0(f"note: --{name.replace('_', '-')} was {before[name]} until now, and is "
-                   f"{getattr(args, name)} from now on")
+        if name in before and before[name] != args[name]:
+            print0(f"note: --{name.replace('_', '-')} was {before[name]} until now, and is {args[name]} from "
+                   f"now on")
+    if "dataset" in before and before["dataset"] != args["dataset"]:
+        print0(f"note: {args['data_dir']} has other images or labels than the run had until now")
 
 
 def cut_metrics(path, step, auto_tau):
     """Removes the lines after `step` from metrics.jsonl: the resumed run writes them again."""
     if not path.is_file():
         return
+    if step == 0:
+        # The run's checkpoints were moved away, perhaps, but not this.
+        os.replace(path, f"{path}.old")
+        return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text("utf-8", "replace").splitlines():
         # A killed run can leave a torn line.
         with suppress(ValueError, KeyError, TypeError):
             values = json.loads(line)
@@ -1614,6 +1693,12 @@ def train(args):
         if before["model"] != args.model:
             raise UserError(f"{newest} is of a {before['model']}, not of a {args.model}: name the right "
                             f"--model, or another --exp-name")
+    if WORLD_SIZE > 1:
+        step_of_first = torch.tensor(step)
+        dist.broadcast(step_of_first, 0)
+        if any_process(step != step_of_first):
+            raise UserError(f"the processes see different checkpoints: --output-dir {args.output_dir} must "
+                            f"be on a disk that all of them share")
     if step >= last_step:
         print0(f"{run}: {newest} is at step {step}, --max-train-steps {last_step}: there is nothing to train")
         return 0
@@ -1668,7 +1753,7 @@ def train(args):
 
     # --- what the first process writes; what a grid needs is checked before the first step
     saved_args = vars(args) | {"vae": data.vae, "scale": data.scale, "classes": data.classes,
-                               "trained_labels": data.trained_labels}
+                               "trained_labels": data.trained_labels, "dataset": data.digest}
     if args.sampling_steps > 0:
         check_sampler(ema, args.num_steps, args.cfg_scale, (args.guidance_low, args.guidance_high), args.mode)
         if RANK == 0:
@@ -1683,7 +1768,7 @@ def train(args):
            f"{WORLD_SIZE} x {DEVICE.type}, tau {args.tau}, from step {step}")
     # Other people's checkpoints have flags of other meanings.
     if "trained_labels" in before:
-        note_changes(args, before)
+        note_changes(saved_args, before)
     if not newest:
         warn_of_young_ema(args.ema_decay, last_step)
 
@@ -1706,8 +1791,8 @@ def train(args):
         path = run / f"samples/{step:07d}.png"
         try:
             sample_grid(path, ema, saved_args, args)
-        except UserError as e:      # a picture is no reason to end a run
-            print0(f"warning: {path} was not drawn: {e}")
+        except Exception as e:      # a picture is no reason to end a run
+            print0(f"warning: {path} was not drawn ({reason(e)})")
 
     batches = None
     stopping = False
@@ -1844,6 +1929,8 @@ def seeded_noise(model, n, seed):
 def grid_conditions(model, saved_args, args):
     """The names of what --labels or --captions ask for, and the conditions y. Raises UserError."""
     if isinstance(model, MMDiT):
+        if args.labels:
+            raise UserError("an MMDiT has no --labels: use --captions")
         names = args.captions or ["a red bus"]
         return names, encode_captions(names)
     if args.captions:
@@ -1877,6 +1964,7 @@ def sample_grid(path, model, saved_args, args):
 def sample_from(args):
     """--sample: draws a grid from a checkpoint's EMA. Raises UserError."""
     join_processes(args)
+    check_output("--out", args.out)
     model, saved_args = load_ema(args.sample, args.model)
     if args.compile:
         compile_blocks(model)
@@ -2139,9 +2227,19 @@ def read_coco(path, names):
     with user_error(f"{path} is not COCO's JSON of captions"):
         file_names = {image["id"]: image["file_name"] for image in coco["images"]}
         for annotation in coco["annotations"]:
-            file_name = file_names[annotation["image_id"]]
-            captions.setdefault(file_name, []).append(annotation["caption"].strip())
-    found = {name: captions[os.path.basename(name)] for name in names if os.path.basename(name) in captions}
+            text = (annotation["caption"] or "").strip()
+            # An empty text would stand for no caption.
+            if text:
+                captions.setdefault(file_names.get(annotation["image_id"]), []).append(text)
+    found = {}
+    times = Counter(map(os.path.basename, names))
+    for name in names:
+        # A file's name alone suffices where no other folder has the same.
+        texts = captions.get(name)
+        if not texts and times[os.path.basename(name)] == 1:
+            texts = captions.get(os.path.basename(name))
+        if texts:
+            found[name] = texts
     if not found:
         raise UserError(f"{path} has no captions of these images: name the file of the same images")
     return found
@@ -2343,7 +2441,7 @@ def exit_on_user_error(program):
     except torch.OutOfMemoryError as e:
         sys.exit(f"{program}: out of GPU memory: use --gradient-accumulation-steps, or a smaller "
                  f"--batch-size ({reason(e)})")
-    except (UserError, OSError, dist.DistError) as e:
+    except (UserError, OSError, MemoryError, dist.DistError) as e:
         # For whoever changes this file, python -X dev shows the traceback.
         if sys.flags.dev_mode:
             raise
@@ -2371,6 +2469,9 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    # evaluate.py imports haste, and both must share one module. A copy of this file imports itself.
-    program = importlib.import_module(Path(__file__).stem)
-    sys.exit(program.main())
+    if Path(__file__).resolve().stem == "haste":
+        # evaluate.py imports haste, and both must share one module.
+        import haste
+        sys.exit(haste.main())
+    # A copy of this file under another name runs its own code.
+    sys.exit(main())

@@ -1084,7 +1084,7 @@ def torchs_old_format(saved):
     return saved
 
 
-NO_PROJECTOR = "has no projector: it starts from random weights, and the optimizer's state from zero"
+NO_PROJECTOR = "has no projector of this run's: it starts from random weights, and the optimizer's state"
 NO_OPTIMIZER = "has no optimizer: its state starts from zero"
 
 
@@ -2283,7 +2283,7 @@ def test_the_protocol_is_printed_and_stored(tiny_inception, sample_flags, tmp_pa
     # The default folder is the run's, and its name tells apart what is drawn in different ways.
     folder = tmp_path / "run/eval/0000002-heun-3-cfg-1.5-in-0-0.7-seed-3-20-balanced"
     report = json.loads((tmp_path / "out.json").read_text())
-    assert report == json.loads(Path(f"{folder}.json").read_text())
+    assert report == json.loads(Path(f"{folder}-ref.json").read_text())
     assert results.items() <= report.items()
     expected = {
         "sampler": "heun",
@@ -2360,10 +2360,10 @@ def test_samples_drawn_in_another_way_are_not_mixed(tiny_inception, sample_flags
     others = ("--seed=1 --num-steps=4 --cfg-scale=2 --guidance-high=.5 --mode=ode --balanced "
               "--precision=bf16 --batch-size=5 --num-samples=19")
     for other in others.split():
-        with pytest.raises(UserError, match="drawn by other flags"):
+        with pytest.raises(UserError, match="drawn in another way"):
             evaluate_flags(*flags, other)
     save_checkpoint(tmp_path / "run/checkpoints/0000002.pt", seed=1)
-    with pytest.raises(UserError, match="drawn by other flags"):
+    with pytest.raises(UserError, match="drawn in another way .EMA's checksum.: delete it"):
         evaluate_flags(*flags)
     assert read_folder(folder) == before
     assert len(sampled_batches) == 5
@@ -2381,7 +2381,7 @@ def test_two_processes_draw_and_measure_what_one_does(tiny_inception, sample_fla
                       f"evaluate.main()\n")
     out, _ = run_program([*flags, "--out", tmp_path / "two"], processes=2, program=script)
     assert out.count("\nrecall ") == 1
-    two = json.loads((tmp_path / "two.json").read_text())
+    two = json.loads((tmp_path / "two-ref.json").read_text())
     assert {key: two[key] for key in one} == pytest.approx(one, rel=1e-9)
     assert read_folder(tmp_path / "one") == read_folder(tmp_path / "two")
 
@@ -2404,7 +2404,7 @@ def test_latents_are_decoded_by_the_vae_that_the_protocol_names(tiny_inception, 
     diffusers.AutoencoderKL(block_out_channels=(32,), latent_channels=3).save_pretrained(vae)
     save_checkpoint(tmp_path / "run/checkpoints/0000002.pt", vae=vae, scale=0.5)
     evaluate_flags(*sample_flags, "--num-samples", 4, "--out", tmp_path / "mine")
-    assert json.loads((tmp_path / "mine.json").read_text())["protocol"]["VAE"] == vae
+    assert json.loads((tmp_path / "mine.json").read_text())["VAE"] == vae
 
 
 def test_an_mmdit_draws_the_first_captions_of_a_dataset(monkeypatch):
@@ -2704,6 +2704,8 @@ BAD_FLAGS = {
     "--encoder-depth 7": "--encoder-depth 7: SiT-XS/2 has 6 blocks",
     # flags together
     "--tau auto --lambda-r 0 --lambda-a 0": "leave nothing to align",
+    "--tau auto --tau-from 6": "measures first at step 6, and the run ends at 6",
+    "--tau auto --tau-from 0 --lambda-r 0 --encoder-depth 5": "which L_ATTA does not reach",
     "--batch-size 7 --gradient-accumulation-steps 2": "must divide into 2 equal parts",
     "--model SiT-XS/8 --data-dir odd": "needs square inputs that divide by 8",
     "--model MMDiT": "needs captions",
@@ -2801,7 +2803,7 @@ def test_a_grid_that_cannot_be_drawn_does_not_end_a_run(dataset, tmp_path, monke
 
     monkeypatch.setattr(haste, "sample", fail)
     assert train(dataset, tmp_path, "--sampling-steps", 3) == 0
-    assert "0000003.png was not drawn: the samples are not finite" in capsys.readouterr().out
+    assert "0000003.png was not drawn (UserError: the samples are not finite)" in capsys.readouterr().out
 
 
 def test_a_resumed_run_past_tau_needs_no_images(dataset, latents, tmp_path):
@@ -2928,14 +2930,197 @@ def test_the_record_of_samples_holds_all_that_decides_them(tiny_inception, sampl
     sample_flags += ["--out", tmp_path / "mine", "--balanced"]
     evaluate_flags(*sample_flags, "--num-samples", 8)
     # Twice as many, balanced, would be other labels.
-    with pytest.raises(UserError, match="drawn by other flags or weights"):
+    with pytest.raises(UserError, match="another way .number of samples, labels' checksum.: delete it"):
         evaluate_flags(*sample_flags, "--num-samples", 16)
-    # A weight below the last layer.
-    saved = torch.load(sample_flags[1])
-    saved["ema"]["blocks.0.mlp.fc1.bias"][0] += 1e-3
-    torch.save(saved, sample_flags[1])
-    with pytest.raises(UserError, match="drawn by other flags or weights"):
-        evaluate_flags(*sample_flags, "--num-samples", 8)
+    # A weight below the last layer; the scale of latents; the classes that are drawn.
+    original = torch.load(sample_flags[1])
+    for change, words in (
+        (lambda saved: saved["ema"]["blocks.0.mlp.fc1.bias"].add_(1e-3), "EMA's checksum"),
+        (lambda saved: saved["args"].update(vae=None, scale=2.0), "scale"),
+        (lambda saved: saved["args"].update(trained_labels=[0, 1]), "labels, labels' checksum"),
+    ):
+        saved = copy.deepcopy(original)
+        change(saved)
+        torch.save(saved, sample_flags[1])
+        with pytest.raises(UserError, match=f"another way .{words}.: delete it"):
+            evaluate_flags(*sample_flags, "--num-samples", 8)
+
+
+def test_a_folder_of_other_images_is_not_drawn_into(tiny_inception, sample_flags, tmp_path):
+    photos = write_pngs(tmp_path / "photos", random_images(3))
+    with pytest.raises(UserError, match="photos holds images that this program did not draw"):
+        evaluate_flags(*sample_flags, "--out", photos)
+
+
+def test_figures_of_two_references_are_kept_side_by_side(tiny_inception, sample_flags, tmp_path):
+    other = save_npz(tmp_path / "other.npz", random_images(20, 5))
+    flags = [*sample_flags, "--out", tmp_path / "mine"]
+    figures = evaluate_flags(*flags)["fid"]
+    others = evaluate_flags(*flags, "--ref", other)["fid"]
+    assert json.loads((tmp_path / "mine-ref.json").read_text())["fid"] == figures
+    assert json.loads((tmp_path / "mine-other.json").read_text())["fid"] == others
+
+
+LISTING_FAULTS = {
+    "a label is a list":
+        lambda listing: listing.update(labels=[[name, [label]] for name, label in listing["labels"]]),
+    "a name occurs twice": lambda listing: listing["labels"].append([listing["labels"][0][0], 3]),
+    "the label of 00000/img00000005.png is 2084071":
+        lambda listing: listing["labels"][5].__setitem__(1, 2084071),
+    "the classes must be a list of their names": lambda listing: listing.update(classes={"a": 0, "b": 1}),
+    "the captions of 00000/img00000000.png must be a list of texts":
+        lambda listing: listing.update(captions={"00000/img00000000.png": "a dog"}),
+    "the captions of 00000/img00000001.png must be a list of texts":
+        lambda listing: listing.update(captions={"00000/img00000000.png": ["a dog"]}),
+}
+
+
+@pytest.mark.parametrize("words, change", LISTING_FAULTS.items())
+def test_a_listing_that_would_train_something_else_is_refused(dataset, tmp_path, words, change):
+    shutil.copytree(dataset / "data", tmp_path / "data")
+    change_listing(tmp_path / "data", change)
+    with pytest.raises(UserError, match=words):
+        haste.Data(tmp_path / "data")
+
+
+@pytest.mark.parametrize("scale", [0, math.nan, "0.18", None])
+def test_latents_without_a_usable_scale_are_refused(latents, tmp_path, scale):
+    shutil.copytree(latents, tmp_path / "data")
+    change_listing(tmp_path / "data", lambda listing: listing.update(vae="mine", scale=scale), "vae-sd")
+    with pytest.raises(UserError, match="the scale of latents must be a number above 0"):
+        haste.Data(tmp_path / "data")
+
+
+def test_latents_with_logarithms_of_the_std_are_refused(latents, tmp_path):
+    shutil.copytree(latents, tmp_path / "data")
+    for path in (tmp_path / "data").glob("vae-sd/*/*.npy"):
+        moments = np.load(path)
+        moments[len(moments) // 2:] = -20
+        np.save(path, moments)
+    with pytest.raises(UserError, match="its std is negative, as a logarithm is"):
+        haste.Data(tmp_path / "data")
+
+
+def test_a_dataset_that_changes_between_two_lives_of_a_run_is_mentioned(dataset, tmp_path, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(dataset / "data", folder)
+    train(dataset, tmp_path, "--data-dir", folder, "--max-train-steps", 2)
+    train(dataset, tmp_path, "--data-dir", folder, "--max-train-steps", 3)
+    words = f"note: {folder} has other images or labels"
+    assert words not in capsys.readouterr().out
+    change_listing(folder, lambda listing: listing["labels"].pop())
+    train(dataset, tmp_path, "--data-dir", folder, "--max-train-steps", 4)
+    assert words in capsys.readouterr().out
+
+
+def test_the_lines_of_a_run_whose_checkpoints_are_gone_are_kept(dataset, tmp_path):
+    train(dataset, tmp_path, "--max-train-steps", 2)
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    train(dataset, tmp_path, "--max-train-steps", 1)
+    assert metrics(tmp_path, "step") == [1]
+    assert len((tmp_path / "run/metrics.jsonl.old").read_text().splitlines()) == 2
+
+
+def test_an_optimizer_that_is_not_finite_is_refused(dataset, trained, tmp_path):
+    saved = torch.load(trained / "run/checkpoints/0000004.pt")
+    first, *_ = saved["opt"]["state"].values()
+    first["exp_avg"][0] = math.nan
+    path = save_as(saved, tmp_path / "run/checkpoints", "0000004.pt")
+    with pytest.raises(UserError, match=f"{path}: exp_avg is not finite"):
+        train(dataset, tmp_path, "--cfg-prob", 0.5)
+
+
+def test_a_run_goes_on_with_a_teacher_of_another_width(dataset, trained, tmp_path, capsys):
+    wide = save_teacher(tmp_path / "wide.pt", img_size=8, embed_dim=48)
+    saved = torch.load(trained / "run/checkpoints/0000002.pt")
+    path = save_as(saved, tmp_path / "run/checkpoints", "0000002.pt")
+    assert train(dataset, tmp_path, "--cfg-prob", 0.5, "--teacher", wide) == 0
+    assert f"{path} {NO_PROJECTOR}" in capsys.readouterr().out
+    assert metrics(tmp_path, "phase") == [1, 2, 2, 2]
+
+
+def test_processes_that_see_different_checkpoints_do_not_train(dataset, tmp_path):
+    # As with a disk for each node.
+    script = tmp_path / "nodes.py"
+    script.write_text("import os, sys, haste\n"
+                      "haste.main([*sys.argv[1:], '--output-dir', 'node' + os.environ['RANK']])\n")
+    flags = run_flags(dataset, tmp_path, "--tau", 0, "--max-train-steps", 1)
+    options = dict(program=script, PYTHONPATH=str(Path(HASTE).parent))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        run_program(flags, 2, **options)
+        with launch([*flags, "--max-train-steps", 2], 2, **options) as process:
+            _, err = process.communicate(timeout=60)
+    assert "the processes see different checkpoints" in err
+    assert not (tmp_path / "node0/run/checkpoints/0000002.pt").exists()
+
+
+TEACHER_FAULTS = {
+    "the mean of its images": {"mean": [123.7, 116.3, 103.5]},
+    "the std of its images": {"std": [0.0, 0.5, 0.5]},
+    "must be square": {"config": {"img_size": (16, 4), "patch_size": 2}},
+    "have three channels": {"config": {"in_chans": 1}},
+}
+
+
+@pytest.mark.parametrize("words, change", TEACHER_FAULTS.items())
+def test_a_teacher_that_would_see_other_images_is_refused(tmp_path, words, change):
+    change = dict(change)
+    path = save_teacher(tmp_path / "teacher.pt", **{"img_size": 8} | change.pop("config", {}))
+    torch.save(torch.load(path) | change, path)
+    with pytest.raises(UserError, match=words):
+        haste.load_teacher(str(path), 4, (9,))
+
+
+def test_two_student_blocks_can_have_one_partner(dataset, tmp_path):
+    assert train(dataset, tmp_path, "--teacher-blocks", 9, 9, 9, "--max-train-steps", 1) == 0
+
+
+def test_cocos_captions_are_matched_by_path_and_odd_ones_are_left_out(tmp_path):
+    names = {1: "a/1.png", 2: "2.png", 3: "3.png"}
+    images = [{"id": number, "file_name": name} for number, name in names.items()]
+    texts = [(1, "one"), (2, "two"), (2, None), (3, "  "), (9, "of no image")]
+    annotations = [{"image_id": number, "caption": text} for number, text in texts]
+    path = tmp_path / "coco.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    found = haste.read_coco(path, ["a/1.png", "b/2.png", "3.png"])
+    assert found == {"a/1.png": ["one"], "b/2.png": ["two"]}
+    # Two files of one name cannot both be meant.
+    assert haste.read_coco(path, ["a/1.png", "b/2.png", "c/2.png"]) == {"a/1.png": ["one"]}
+
+
+def test_prepare_stays_out_of_its_source_and_out_of_another_programs_way(dataset, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(dataset / "images", source)
+    with pytest.raises(UserError, match="is inside of --prepare"):
+        prepare(source, source / "data")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/.DS_Store").touch()
+    assert len(prepare(source, tmp_path / "data")) == 40
+    # A lock keeps other processes out, and not the one that has it.
+    code = ("import haste, pathlib, time\n"
+            f"lock = haste.lock_folder(pathlib.Path({str(tmp_path / 'data')!r}))\n"
+            "print('locked', flush=True); time.sleep(100)")
+    with launch([code], program="-c", PYTHONPATH=str(Path(HASTE).parent)) as process:
+        assert process.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match="another program is writing"):
+            prepare(source, tmp_path / "data")
+
+
+def test_prepare_of_images_that_cannot_be_read_writes_no_dataset(tmp_path):
+    source = tmp_path / "source/class"
+    source.mkdir(parents=True)
+    (source / "1.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="none of its 1 images can be read"):
+        prepare(source.parent, tmp_path / "data")
+
+
+def test_results_have_a_place_before_the_work_begins(tiny_inception, sample_flags, sampled_batches, tmp_path):
+    assert "--json" in complaint(*sample_flags, "--json", tmp_path, program=evaluate)
+    assert not sampled_batches
+    path = sample_flags[1]
+    assert "--out" in complaint("--sample", path, "--out", tmp_path)
+    assert "it is a folder" in complaint("--make-ref", tmp_path, "--out", tmp_path, program=evaluate)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -2944,7 +3129,7 @@ def test_weights_that_are_not_finite_end_in_a_sentence_and_not_in_a_picture(
     saved = torch.load(sample_flags[1])
     saved["ema"]["blocks.0.mlp.fc1.bias"][0] = value
     torch.save(saved, sample_flags[1])
-    sentence = "the weight blocks.0.mlp.fc1.bias is not finite"
+    sentence = "blocks.0.mlp.fc1.bias is not finite"
     assert sentence in complaint(*sample_flags, "--num-workers", 0, program=evaluate)
     draw = ["--sample", sample_flags[1], "--out", tmp_path / "grid.png", "--num-steps", 2]
     assert sentence in complaint(*draw)
