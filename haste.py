@@ -649,7 +649,7 @@ VAE_SCALE = 0.18215
 
 def is_hidden(name):
     """True for names of files and folders that are never classes or images."""
-    return name.startswith((".", "@")) or name in ("__MACOSX", "lost+found")
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "lost+found")
 
 
 def list_images(folder):
@@ -824,8 +824,7 @@ class Data(Dataset):
             if not moments.isfinite().all():
                 raise UserError(f"{path} holds values that are not finite: encode it again")
             item["moments"] = self.check_shape("moments", path, moments)
-            _, std = moments.chunk(2)
-            if std.min() < 0:
+            if moments[len(moments) // 2:].min() < 0:
                 raise UserError(f"{path} must hold mean and std, and its std is negative, as a logarithm is")
         if self.with_images or not self.latents:
             path = self.images / self.image_name(i)
@@ -927,6 +926,7 @@ def write_crops(source, names, out, size, indices):
     return crops
 
 
+# Folders with these names are parts of a dataset, and no classes.
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
@@ -1354,11 +1354,11 @@ def load_state(model, state, path):
     Raises UserError with the first key that differs.
     """
     check_finite(state, path)
-    projector = {key: x for key, x in model.state_dict().items() if key.startswith("projectors.")}
     saved_projector = {key: x for key, x in state.items() if key.startswith("projectors.")}
-    rest = {key: x for key, x in state.items() if key not in saved_projector}
+    projector = {key: x for key, x in model.state_dict().items() if key.startswith("projectors.")}
     shapes = {key: x.shape for key, x in projector.items()}
     fits = {key: x.shape for key, x in saved_projector.items()} == shapes
+    rest = {key: x for key, x in state.items() if key not in saved_projector}
     with user_error(f"{path} belongs to another model or dataset: name the right --model and --data-dir, or "
                     f"another --exp-name"):
         model.load_state_dict(rest | (saved_projector if fits else projector))
@@ -1555,7 +1555,7 @@ def cut_metrics(path, step, auto_tau):
     if not path.is_file():
         return
     if step == 0:
-        # The run's checkpoints were moved away, perhaps, but not this.
+        # A new run; the lines of another one, whose checkpoints are gone, are kept apart.
         os.replace(path, f"{path}.old")
         return
     kept = []
