@@ -735,8 +735,8 @@ class Data(Dataset):
     The image is there if with_images is set, as the training loop does in phase I, or if the model learns
     pixels. A dataset of another layout needs this, x0() and condition(), and these: shape, (C, S, S) of x0;
     names, of the items; classes, their names; trained_labels, those that occur; captions, {name: texts} or
-    None; images and latents, two folders; vae and scale of the latents. For pixels, latents and vae are None,
-    and scale is 1. Raises UserError.
+    None; images and latents, two folders; vae and scale of the latents; digest, which tells datasets apart.
+    For pixels, latents and vae are None, and scale is 1. Raises UserError.
     """
 
     def __init__(self, folder):
@@ -753,7 +753,6 @@ class Data(Dataset):
                             f"--data-dir NEW_FOLDER")
         self.names, self.labels, metadata = read_labels(root / "dataset.json")
         self.image_names = self.find_image_names(metadata)
-        # It tells a resumed run whether the dataset is still the same.
         self.digest = hashlib.sha1(self.names.tobytes() + self.labels.tobytes()).hexdigest()
 
         # The labels that occur, and the names of all classes up to the largest.
