@@ -407,15 +407,15 @@ class Sampler:
     def __init__(self, args):
         self.args = args
         with haste.first_process_first():
-            self.model, saved_args = haste.load_ema(args.ckpt, args.model)
-            self.vae = haste.load_decoder(saved_args["vae"], args.vae, self.model)
-        self.scale = saved_args["scale"]
+            self.model, run_args = haste.load_ema(args.ckpt, args.model)
+            self.vae = haste.load_decoder(run_args["vae"], args.vae, self.model)
+        self.scale = run_args["scale"]
         self.interval = (args.guidance_low, args.guidance_high)
         haste.check_sampler(self.model, args.num_steps, args.cfg_scale, self.interval, args.mode)
-        self.trained_labels = saved_args.get("trained_labels") or list(range(self.model.num_classes))
+        self.trained_labels = run_args.get("trained_labels") or list(range(self.model.num_classes))
         self.labels = self.choose_labels(args.num_samples, np.random.default_rng(args.seed))
         self.protocol = {
-            "model": saved_args["model"], "EMA's checksum": checksum(self.model.state_dict()),
+            "model": run_args["model"], "EMA's checksum": checksum(self.model.state_dict()),
             "seed": args.seed, "number of samples": args.num_samples, "batch size": args.batch_size,
             "sampler": args.mode, "steps": args.num_steps, "arithmetic": args.precision,
             "guidance": args.cfg_scale, "interval": list(self.interval),

@@ -1441,12 +1441,12 @@ def load_vae(name):
     return vae.to(DEVICE).eval().requires_grad_(False)
 
 
-def load_decoder(encoder, asked_for, model):
+def load_decoder(encoder, name, model):
     """The VAE that decodes what `encoder` encoded, None for pixels. Raises UserError."""
     if not encoder:
         return None
     decoder = VAE_DECODER if encoder == VAE_ENCODER else encoder
-    vae = load_vae(asked_for or decoder)
+    vae = load_vae(name or decoder)
     if vae.config.latent_channels != model.in_channels:
         raise UserError(f"the VAE has {vae.config.latent_channels} channels, the model {model.in_channels}")
     return vae
@@ -1539,13 +1539,13 @@ LEARNING_FLAGS = ("data_dir", "teacher", "tau", "tau_from", "tau_every", "tau_im
                   "learning_rate", "max_grad_norm", "ema_decay", "cfg_prob", "seed", "precision")
 
 
-def note_changes(args, before):
+def note_changes(args, previous):
     """Says what differs between a run's args and those with which its checkpoint was saved."""
     for name in LEARNING_FLAGS:
-        if name in before and before[name] != args[name]:
-            print0(f"note: --{name.replace('_', '-')} was {before[name]} until now, and is {args[name]} from "
-                   f"now on")
-    if "dataset" in before and before["dataset"] != args["dataset"]:
+        if name in previous and previous[name] != args[name]:
+            print0(f"note: --{name.replace('_', '-')} was {previous[name]} until now, and is {args[name]} "
+                   f"from now on")
+    if "dataset" in previous and previous["dataset"] != args["dataset"]:
         print0(f"note: {args['data_dir']} has other images or labels than the run had until now")
 
 
@@ -1667,7 +1667,7 @@ def train(args):
     """
     # --- processes, data, the run's folder
     join_processes(args)
-    asked_for = args.model
+    named_model = args.model
     data = Data(args.data_dir)
     resolve(args, data)
     run = Path(args.output_dir, args.exp_name)
@@ -1681,16 +1681,16 @@ def train(args):
     step = 0
     last_step = args.max_train_steps
     saved = None
-    before = {}
+    previous = {}
     if newest:
         step = int(newest.stem)
-        saved = read_checkpoint(newest, asked_for)
+        saved = read_checkpoint(newest, named_model)
         if saved["steps"] not in (None, step):
             print0(f"{newest} was saved after step {saved['steps']}: by its name, the run continues from "
                    f"{step}")
-        before = saved["args"]
-        if before["model"] != args.model:
-            raise UserError(f"{newest} is of a {before['model']}, not of a {args.model}: name the right "
+        previous = saved["args"]
+        if previous["model"] != args.model:
+            raise UserError(f"{newest} is of a {previous['model']}, not of a {args.model}: name the right "
                             f"--model, or another --exp-name")
     if WORLD_SIZE > 1:
         step_of_first = torch.tensor(step)
@@ -1751,13 +1751,13 @@ def train(args):
         compile_blocks(model)
 
     # --- what the first process writes; what a grid needs is checked before the first step
-    saved_args = vars(args) | {"vae": data.vae, "scale": data.scale, "classes": data.classes,
-                               "trained_labels": data.trained_labels, "dataset": data.digest}
+    run_args = vars(args) | {"vae": data.vae, "scale": data.scale, "classes": data.classes,
+                             "trained_labels": data.trained_labels, "dataset": data.digest}
     if args.sampling_steps > 0:
         check_sampler(ema, args.num_steps, args.cfg_scale, (args.guidance_low, args.guidance_high), args.mode)
         if RANK == 0:
             load_decoder(data.vae, args.vae, ema)
-            grid_conditions(ema, saved_args, args)
+            grid_conditions(ema, run_args, args)
     if RANK == 0:
         cut_metrics(run / "metrics.jsonl", step, auto_tau)
         if args.wandb:
@@ -1766,8 +1766,8 @@ def train(args):
     print0(f"{run}: {args.model} on {len(data):,} {kind} {data.shape}, {args.precision}, "
            f"{WORLD_SIZE} x {DEVICE.type}, tau {args.tau}, from step {step}")
     # Other people's checkpoints have flags of other meanings.
-    if "trained_labels" in before:
-        note_changes(saved_args, before)
+    if "trained_labels" in previous:
+        note_changes(run_args, previous)
     if not newest:
         warn_of_young_ema(args.ema_decay, last_step)
 
@@ -1776,7 +1776,7 @@ def train(args):
 
     def save():
         state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(),
-                 "scaler": scaler.state_dict(), "args": saved_args, "steps": step, "tau": auto_tau}
+                 "scaler": scaler.state_dict(), "args": run_args, "steps": step, "tau": auto_tau}
         path = run / f"checkpoints/{step:07d}.pt"
         with user_error(f"{path} cannot be written"), atomic_write(path) as f:
             torch.save(state, f)
@@ -1789,7 +1789,7 @@ def train(args):
     def draw_samples():
         path = run / f"samples/{step:07d}.png"
         try:
-            sample_grid(path, ema, saved_args, args)
+            sample_grid(path, ema, run_args, args)
         except Exception as e:      # a picture is no reason to end a run
             print0(f"warning: {path} was not drawn ({reason(e)})")
 
@@ -1925,7 +1925,7 @@ def seeded_noise(model, n, seed):
     return torch.randn(shape, generator=generator, device=DEVICE)
 
 
-def grid_conditions(model, saved_args, args):
+def grid_conditions(model, run_args, args):
     """The names of what --labels or --captions ask for, and the conditions y. Raises UserError."""
     if isinstance(model, MMDiT):
         if args.labels:
@@ -1934,8 +1934,8 @@ def grid_conditions(model, saved_args, args):
         return names, encode_captions(names)
     if args.captions:
         raise UserError("--captions are for an MMDiT: use --labels")
-    classes = saved_args.get("classes") or [""] * model.num_classes
-    trained = saved_args.get("trained_labels") or list(range(len(classes)))
+    classes = run_args.get("classes") or [""] * model.num_classes
+    trained = run_args.get("trained_labels") or list(range(len(classes)))
     labels = args.labels or trained[:8]
     for label in labels:
         if label not in trained:
@@ -1945,10 +1945,10 @@ def grid_conditions(model, saved_args, args):
     return names, torch.tensor(labels, device=DEVICE)
 
 
-def sample_grid(path, model, saved_args, args):
-    """Draws args.labels or args.captions as one PNG -> their names. saved_args: of the model's run."""
-    vae = load_decoder(saved_args["vae"], args.vae, model)
-    names, y = grid_conditions(model, saved_args, args)
+def sample_grid(path, model, run_args, args):
+    """Draws args.labels or args.captions as one PNG -> their names. run_args: of the model's run."""
+    vae = load_decoder(run_args["vae"], args.vae, model)
+    names, y = grid_conditions(model, run_args, args)
     noise = seeded_noise(model, len(y), args.seed)
     interval = (args.guidance_low, args.guidance_high)
     # Another seed, so that the SDE does not draw the starting noise once more.
@@ -1956,7 +1956,7 @@ def sample_grid(path, model, saved_args, args):
     with autocast(args.precision):
         x = sample(model, noise, y, args.num_steps, args.cfg_scale, interval, args.mode)
     with atomic_write(path) as f:
-        save_image(to_images(x, vae, saved_args["scale"]) / 255, f, "png", padding=1)
+        save_image(to_images(x, vae, run_args["scale"]) / 255, f, "png", padding=1)
     return names
 
 
@@ -1964,11 +1964,11 @@ def sample_from(args):
     """--sample: draws a grid from a checkpoint's EMA. Raises UserError."""
     join_processes(args)
     check_output("--out", args.out)
-    model, saved_args = load_ema(args.sample, args.model)
+    model, run_args = load_ema(args.sample, args.model)
     if args.compile:
         compile_blocks(model)
-    names = sample_grid(args.out, model, saved_args, args)
-    print0(f"{args.out}: {saved_args['model']}, {args.mode} {args.num_steps}, guidance {args.cfg_scale}; "
+    names = sample_grid(args.out, model, run_args, args)
+    print0(f"{args.out}: {run_args['model']}, {args.mode} {args.num_steps}, guidance {args.cfg_scale}; "
            f"{', '.join(names)}")
 
 
