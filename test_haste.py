@@ -3473,6 +3473,14 @@ def test_main_works_in_a_notebook_and_leaves_the_process_as_it_was(dataset, tmp_
     assert [signal.getsignal(number) for number in haste.STOP_SIGNALS] == handlers
 
 
+def test_python_x_dev_shows_the_traceback_of_a_user_error():
+    with launch(["dev", HASTE, "--data-dir", "nowhere"], program="-X") as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" in err
+    assert "nowhere is not a prepared dataset" in err
+
+
 def test_the_program_and_evaluate_meet_in_one_module():
     code = ("import runpy, sys; sys.argv = ['haste.py', '--demo', '--seeds', '0']; "
             f"runpy.run_path({HASTE!r}, run_name='__main__')")
