@@ -556,9 +556,12 @@ def measure(images, net, args, title, keep_features):
     # The loader's processes read a whole batch at a time, images[rows].
     loader = DataLoader(images, batch_size=None, sampler=ranges, num_workers=args.num_workers,
                         timeout=300 if args.num_workers else 0)
+    # On a CPU, large tensors would get new memory for each batch, which takes a tenth of the time.
+    part_size = 16 if DEVICE.type == "cpu" else args.batch_size
     with tqdm(total=len(ranges), desc=title, unit=" batches", disable=RANK > 0) as bar:
         for rows, batch in zip(ranges, haste.load_batches(loader)):
-            pool, spatial, logits = net(batch.to(DEVICE))
+            outputs = [net(part) for part in batch.to(DEVICE).split(part_size)]
+            pool, spatial, logits = [torch.cat(parts) for parts in zip(*outputs)]
             pool_statistics.add(pool)
             spatial_statistics.add(spatial)
             inception_score.add(rows, logits)
@@ -956,7 +959,7 @@ def compare(args, training_flags):
 
 
 def report_comparison(home, results, seeds):
-    """Prints the table of means and standard deviations over the seeds, and draws the curves."""
+    """Prints two tables of means and standard deviations over the seeds, and draws their curves."""
     steps = list(results["runs"]["plain"][seeds[0]])
     # Of each variant, arrays (steps, 2).
     means = {}
@@ -967,25 +970,27 @@ def report_comparison(home, results, seeds):
         means[variant] = figures.mean(0)
         deviations[variant] = figures.std(0, ddof=1 if len(seeds) > 1 else 0)
 
-    print("\n| step |", " | ".join(VARIANTS), "|")
-    print("| --- |" + " --- |" * len(VARIANTS))
-    for i, step in enumerate(steps):
-        cells = []
-        for variant in VARIANTS:
-            distance, correct = means[variant][i]
-            distance_std, correct_std = deviations[variant][i]
-            cells.append(f"{distance:.1f} ± {distance_std:.1f}, {correct:.0%} ± {correct_std:.0%}")
-        print(f"| {step} |", " | ".join(cells), "|")
+    titles = ("Frechet distance", "fraction of letters recognised")
+    formats = (".1f", ".0%")
+    for metric, title in enumerate(titles):
+        print(f"\n| {title}, step |", " | ".join(VARIANTS), "|")
+        print("|---|" + "---|" * len(VARIANTS))
+        for i, step in enumerate(steps):
+            cells = []
+            for variant in VARIANTS:
+                mean = format(means[variant][i, metric], formats[metric])
+                deviation = format(deviations[variant][i, metric], formats[metric])
+                cells.append(f"{mean} ± {deviation}")
+            print(f"| {step} |", " | ".join(cells), "|")
     distance, correct = results["real"]
-    print(f"\nFrechet distance by the classifier's features, and the fraction of letters that it recognises: "
-          f"mean ± standard deviation over the seeds {', '.join(seeds)}. Real letters: {distance:.1f}, "
-          f"{correct:.0%}. {home}/compare.json has all figures.")
+    print(f"\nFeatures and recognition are the classifier's; mean ± standard deviation over the seeds "
+          f"{', '.join(seeds)}. Real letters have {distance:.1f} and {correct:.0%}. {home}/compare.json has all "
+          f"figures.")
     if not find_spec("matplotlib"):
         return
     from matplotlib.figure import Figure
     figure = Figure((10, 4.5), layout="constrained")
     axes = figure.subplots(1, 2)
-    titles = ("Frechet distance", "fraction of letters recognised")
     scales = ("log", "linear")
     for i, axis in enumerate(axes):
         for variant in VARIANTS:

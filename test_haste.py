@@ -2561,7 +2561,7 @@ def test_the_comparison_trains_and_measures_each_variant_once(quick_demo, monkey
     for seed in ("0", "1"):
         distance, correct = runs["plain"][seed]["1"]
         distances.append(distance)
-    cell = f"| 1 | {np.mean(distances):.1f} ± {np.std(distances, ddof=1):.1f}, "
+    cell = f"| 1 | {np.mean(distances):.1f} ± {np.std(distances, ddof=1):.1f} | "
     assert cell in capsys.readouterr().out
     has_matplotlib = bool(importlib.util.find_spec("matplotlib"))
     assert Path("runs/compare/compare.png").is_file() == has_matplotlib
