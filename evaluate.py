@@ -984,8 +984,8 @@ def report_comparison(home, results, seeds):
             print(f"| {step} |", " | ".join(cells), "|")
     distance, correct = results["real"]
     print(f"\nFeatures and recognition are the classifier's; mean ± standard deviation over the seeds "
-          f"{', '.join(seeds)}. Real letters have {distance:.1f} and {correct:.0%}. {home}/compare.json has all "
-          f"figures.")
+          f"{', '.join(seeds)}. Real letters have {distance:.1f} and {correct:.0%}. {home}/compare.json has "
+          f"all figures.")
     if not find_spec("matplotlib"):
         return
     from matplotlib.figure import Figure
