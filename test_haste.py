@@ -875,7 +875,8 @@ def test_prepare_writes_repas_layout_and_names_what_it_leaves_out(tmp_path, caps
 
 @pytest.mark.parametrize("files, words", [
     (["a.png"], "put all into one folder"),
-    (["train/a/a.png", "val/a/a.png"], "folder of images.*name .*train"),
+    (["train/a/a.png", "val/a/a.png"], "train, val are parts of a dataset; name one of them, such as"),
+    (["Train/a.png", "Test/a.png", "validation/a.png"], "are parts of a dataset"),
     (["class0/a.png", "class1/notes.txt"], "no images are in class1"),
     ([], "folder of images"),
 ])
@@ -1948,6 +1949,11 @@ def test_mmdit_trains_through_tau_resumes_and_draws_captions(dataset, clip, coco
     sample = f"--sample {path} --num-steps 2 --out {tmp_path}/grid.png --captions"
     haste.sample_from(parse_flags(sample, "a red bus", "a cat"))
     assert "a red bus, a cat" in capsys.readouterr().out
+    with pytest.raises(UserError, match="an MMDiT has no --labels: use --captions"):
+        haste.sample_from(parse_flags(f"--sample {path} --num-steps 2 --out {tmp_path}/grid.png --labels 3"))
+    flags = parse_evaluate_flags("--ckpt", path, "--captions-from", tmp_path / "data", "--balanced")
+    with pytest.raises(UserError, match="--balanced is for classes"):
+        evaluate.Sampler(flags)
 
 
 # ---- evaluate.py: the network and the metrics --------------------------------------------------------------
@@ -2413,6 +2419,12 @@ def test_latents_are_decoded_by_the_vae_that_the_protocol_names(tiny_inception, 
     save_checkpoint(tmp_path / "run/checkpoints/0000002.pt", vae=vae, scale=0.5)
     evaluate_flags(*sample_flags, "--num-samples", 4, "--out", tmp_path / "mine")
     assert json.loads((tmp_path / "mine.json").read_text())["VAE"] == vae
+    # Other weights under the same name draw other pictures.
+    haste.load_vae.cache_clear()
+    diffusers.AutoencoderKL(block_out_channels=(32,), latent_channels=3).save_pretrained(vae)
+    with pytest.raises(UserError, match="another way .VAE's checksum.: delete it"):
+        evaluate_flags(*sample_flags, "--num-samples", 4, "--out", tmp_path / "mine")
+    haste.load_vae.cache_clear()
 
 
 def test_an_mmdit_draws_the_first_captions_of_a_dataset(monkeypatch):
