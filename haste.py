@@ -488,7 +488,7 @@ def check_sampler(model, steps, cfg_scale, guidance, mode):
 
 @torch.no_grad()
 def sample(model, noise, y, steps=250, cfg_scale=1.0, guidance=(0.0, 1.0), mode="sde"):
-    """noise (B, C, S, S) and conditions y, labels (B,) or texts -> samples (B, C, S, S), in fp64.
+    """noise (B, C, S, S) and conditions y, such as labels (B,) -> samples (B, C, S, S), in fp64.
 
     "sde" is the paper's: Euler-Maruyama with `steps` evaluations, t from 1 to 0.04, and then the mean at 0.
     "ode" is Euler's method, "heun" is Heun's with 2 * steps - 1 evaluations. Guidance acts in the steps that
@@ -1555,7 +1555,9 @@ def cut_metrics(path, step, auto_tau):
         return
     if step == 0:
         # A new run; the lines of another one, whose checkpoints are gone, are kept apart.
-        os.replace(path, f"{path}.old")
+        with open(f"{path}.old", "a") as f:
+            f.write(path.read_text("utf-8", "replace"))
+        path.unlink()
         return
     kept = []
     for line in path.read_text("utf-8", "replace").splitlines():

@@ -3034,11 +3034,12 @@ def test_a_dataset_that_changes_between_two_lives_of_a_run_is_mentioned(dataset,
 
 
 def test_the_lines_of_a_run_whose_checkpoints_are_gone_are_kept(dataset, tmp_path):
-    train(dataset, tmp_path, "--max-train-steps", 2)
-    shutil.rmtree(tmp_path / "run/checkpoints")
-    train(dataset, tmp_path, "--max-train-steps", 1)
+    for steps in (3, 2, 1):
+        train(dataset, tmp_path, "--max-train-steps", steps)
+        shutil.rmtree(tmp_path / "run/checkpoints")
     assert metrics(tmp_path, "step") == [1]
-    assert len((tmp_path / "run/metrics.jsonl.old").read_text().splitlines()) == 2
+    old = (tmp_path / "run/metrics.jsonl.old").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in old] == [1, 2, 3, 1, 2]
 
 
 def test_an_optimizer_that_is_not_finite_is_refused(dataset, trained, tmp_path):
