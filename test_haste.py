@@ -3108,6 +3108,17 @@ def test_cocos_captions_are_matched_by_path_and_odd_ones_are_left_out(tmp_path):
     assert haste.read_coco(path, ["a/1.png", "b/2.png", "c/2.png"]) == {"a/1.png": ["one"]}
 
 
+@contextmanager
+def locked(folder):
+    """Another process holds the folder's lock while the block lasts."""
+    code = ("import haste, pathlib, time\n"
+            f"lock = haste.lock_folder(pathlib.Path({str(folder)!r}))\n"
+            "print('locked', flush=True); time.sleep(100)")
+    with launch([code], program="-c", PYTHONPATH=str(Path(HASTE).parent)) as process:
+        assert process.stdout.readline() == "locked\n"
+        yield
+
+
 def test_prepare_stays_out_of_its_source_and_out_of_another_programs_way(dataset, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(dataset / "images", source)
@@ -3116,14 +3127,17 @@ def test_prepare_stays_out_of_its_source_and_out_of_another_programs_way(dataset
     (tmp_path / "data").mkdir()
     (tmp_path / "data/.DS_Store").touch()
     assert len(prepare(source, tmp_path / "data")) == 40
-    # A lock keeps other processes out, and not the one that has it.
-    code = ("import haste, pathlib, time\n"
-            f"lock = haste.lock_folder(pathlib.Path({str(tmp_path / 'data')!r}))\n"
-            "print('locked', flush=True); time.sleep(100)")
-    with launch([code], program="-c", PYTHONPATH=str(Path(HASTE).parent)) as process:
-        assert process.stdout.readline() == "locked\n"
-        with pytest.raises(UserError, match="another program is writing"):
-            prepare(source, tmp_path / "data")
+    with locked(tmp_path / "data"), pytest.raises(UserError, match="another program is writing"):
+        prepare(source, tmp_path / "data")
+
+
+def test_two_programs_do_not_draw_into_one_folder(tiny_inception, sample_flags, tmp_path):
+    flags = [*sample_flags, "--out", tmp_path / "mine"]
+    evaluate_flags(*flags)
+    (tmp_path / "mine/000005.png").unlink()
+    with locked(tmp_path / "mine"), pytest.raises(UserError, match="another program is writing"):
+        evaluate_flags(*flags)
+    assert not (tmp_path / "mine/000005.png").exists()
 
 
 def test_prepare_of_images_that_cannot_be_read_writes_no_dataset(tmp_path):
@@ -3449,6 +3463,18 @@ def test_speed_of_a_line_is_the_whole_runs_without_checkpoints_and_grids(dataset
     # 24 images in two lines; with three seconds of saving in each, it would be less than 8 a second.
     assert len(rates) == 2
     assert min(rates) > 12
+
+
+def test_speed_of_a_line_is_without_the_triggers_time(dataset, tmp_path, monkeypatch):
+    def measure_slowly(*args):
+        time.sleep(3)
+        return [1.0]
+
+    monkeypatch.setattr(haste, "measure_cosines", measure_slowly)
+    train(dataset, tmp_path, "--tau", "auto", "--tau-from", 1, "--tau-every", 100, "--log-every", 6)
+    rates = [line["images_per_sec"] for line in metrics(tmp_path) if "images_per_sec" in line]
+    # 48 images; with the three seconds, it would be less than 16 a second.
+    assert min(rates) > 20
 
 
 def test_fp32_that_is_asked_for_is_fp32_for_the_teacher_too(monkeypatch):
