@@ -28,6 +28,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 import zipfile
 import zlib
@@ -840,11 +841,9 @@ def prepare_letters(home):
     return f"--data-dir {at}/data --teacher {at}/teacher.pt"
 
 
-def sample_letters(args):
-    """(images (n, 3, 24, 24) uint8, labels (n,)) that evaluate.py measures with these flags."""
-    haste.join_processes(args)
-    sampler = Sampler(args)
-    images = Folder(sampler.generate_missing())[range(args.num_samples)]
+def sample_letters(sampler):
+    """(images (n, 3, 24, 24) uint8, labels (n,)) that evaluate.py measures."""
+    images = Folder(sampler.generate_missing())[range(sampler.args.num_samples)]
     return images, torch.from_numpy(sampler.labels)
 
 
@@ -872,7 +871,7 @@ def demo(argv):
         evaluation = announce(
             "evaluate.py", f"--ckpt {at}/checkpoints/{path.name} --num-samples 100 {SAMPLE_FLAGS} "
                            f"--num-workers 0 --ref {at}/real.npz --inception random")
-        images, labels = sample_letters(evaluation)
+        images, labels = sample_letters(Sampler(evaluation))
         correct = accuracy(classifier, images, labels)
         print(f"the classifier recognises {correct:.0%} of the samples at step {int(path.stem)}")
         rows.append(images[:20])
@@ -891,18 +890,29 @@ def demo(argv):
 
 # ---- 7. The paper's claims in small, haste.py --demo --compare ---------------------------------------------
 
-# All start from the same weights, with the same batches and noise.
-VARIANTS = {
-    "plain": "--tau 0",
-    "REPA": "--tau never --lambda-a 0",
-    "attention": "--tau never --lambda-r 0",
-    "never": "--tau never",
-    "HASTE": "",
-    "auto": "--tau auto",
-}
-COMPARE_FLAGS = ("--batch-size 64 --learning-rate 2e-3 --max-train-steps 1500 --tau 750 --tau-from 150 "
-                 "--tau-every 150 --checkpointing-steps 300 --sampling-steps 0")
-MEASURE_FLAGS = "--num-samples 1000 --mode heun --num-steps 13 --num-workers 0"
+COMPARE_FLAGS = ("--batch-size 16 --learning-rate 1e-3 --ema-decay 0.995 --max-train-steps 3000 "
+                 "--checkpointing-steps 600 --tau-from 300 --tau-every 300 --tau-images 256 "
+                 "--sampling-steps 0")
+MEASURE_FLAGS = "--num-samples 500 --mode heun --num-steps 10 --num-workers 0"
+# L_diff on held-out letters is measured as a whole and in these intervals of t, low < t <= high.
+INTERVALS = {"L_diff": (0, 1), "L_diff, t <= 0.1": (0, 0.1), "L_diff, 0.1 < t <= 0.5": (0.1, 0.5),
+             "L_diff, t > 0.5": (0.5, 1)}
+
+
+def list_variants(every):
+    """The flags of each run; `every` is the number of steps between checkpoints.
+
+    All start from the same weights, with the same batches and noise. "never" also measures the cosines of
+    the trigger, which never fires at -1. Each HASTE continues from a checkpoint of "never".
+    """
+    return {
+        "never": "--tau auto --tau-cosine -1",
+        f"HASTE {every}": f"--tau {every}",
+        f"HASTE {2 * every}": f"--tau {2 * every}",
+        "plain": "--tau 0",
+        "REPA": "--tau never --lambda-a 0",
+        "attention": "--tau never --lambda-r 0",
+    }
 
 
 def classifier_statistics(classifier, images):
@@ -911,17 +921,35 @@ def classifier_statistics(classifier, images):
     return features.mean(0), features.T.cov()
 
 
+@torch.no_grad()
+def held_out_losses(model):
+    """{name: L_diff in this interval of t} on 2,000 letters of their own, at fixed times and noise."""
+    images, labels, _ = draw_letters(2000, seed=3)
+    x0 = images.to(DEVICE) / 127.5 - 1
+    n = len(x0)
+    t = (torch.arange(n, device=DEVICE) + 0.5) / n
+    _, _, eps, _ = haste.randomness(n, x0.shape[1:], 3)
+    x_t, _ = model.diffusion.add_noise(x0, eps, t)
+    batches = zip(x_t.split(250), t.split(250), labels.to(DEVICE).split(250))
+    v = torch.cat([model(*batch) for batch in batches])
+    result = {}
+    for name, (low, high) in INTERVALS.items():
+        i = (low < t) & (t <= high)
+        result[name] = model.diffusion.loss(v[i], x0[i], eps[i], x_t[i], t[i]).item()
+    return result
+
+
 def compare(args, training_flags):
-    """haste.py --demo --compare: trains VARIANTS one after another by ordinary commands, and measures samples
-    of their checkpoints. What compare.json holds is not done again."""
+    """haste.py --demo --compare: trains list_variants() one after another by ordinary commands, and measures
+    their checkpoints. What compare.json holds is not done again."""
     if not find_spec("matplotlib"):
-        print("note: the table will have no picture of the curves: that needs pip install matplotlib")
+        print("note: the tables will have no picture of the curves: that needs pip install matplotlib")
     exp_name = args.exp_name or "compare"
     home = Path(args.output_dir, exp_name)
     path = home / "compare.json"
     data_flags = prepare_letters(home)
     flags = vars(args) | {"seed": None, "seeds": None}
-    results = {"flags": flags, "runs": {variant: {} for variant in VARIANTS}}
+    results = {"flags": flags, "runs": {}, "cosines": {}}
     if path.is_file():
         results = haste.read_json(path)
     if results["flags"] != flags:
@@ -933,71 +961,106 @@ def compare(args, training_flags):
     def measure_letters(images, labels):
         """Frechet distance by the classifier's features, and the fraction that it recognises."""
         distance = frechet_distance(*classifier_statistics(classifier, images), *reference)
-        return distance, accuracy(classifier, images, labels)
+        return {"Frechet distance": distance, "recognised": accuracy(classifier, images, labels)}
 
     results["real"] = measure_letters(real[1000:], labels[1000:])
+    common = f"{data_flags} {TRAIN_FLAGS} {COMPARE_FLAGS} {training_flags}"
+    every = haste.parse_args(shlex.split(common)).checkpointing_steps
     seeds = [str(seed) for seed in range(args.seed, args.seed + args.seeds)]
-    for seed, variant in itertools.product(seeds, VARIANTS):
-        if seed in results["runs"][variant]:
+    for (variant, flags), seed in itertools.product(list_variants(every).items(), seeds):
+        runs = results["runs"].setdefault(variant, {})
+        if seed in runs:
             continue
-        run = f"{exp_name}/seed{seed}/{variant}"
-        training = announce("haste.py", f"{data_flags} {TRAIN_FLAGS} {COMPARE_FLAGS} {training_flags} "
-                                        f"{VARIANTS[variant]} --seed {seed} --exp-name {shlex.quote(run)}")
+        run = f"{exp_name}/seed{seed}/{variant.replace(' ', '-')}"
+        checkpoints = Path(args.output_dir, run, "checkpoints")
+        measured = {}
+        if variant.startswith("HASTE"):
+            # Until tau it is the same run as "never", of which it takes the checkpoint and the figures.
+            tau = int(variant.split()[1])
+            trunk = home / f"seed{seed}/never/checkpoints/{tau:07d}.pt"
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            shutil.copy(trunk, checkpoints)
+            never = results["runs"]["never"][seed]
+            measured = {step: figures for step, figures in never.items() if int(step) <= tau}
+        training = announce("haste.py", f"{common} {flags} --seed {seed} --exp-name {shlex.quote(run)}")
         code = haste.train(training)
         if code:
             return code
-        measured = {}
-        every = training.checkpointing_steps
         for step in range(every, training.max_train_steps + 1, every):
-            checkpoint = Path(args.output_dir, run, f"checkpoints/{step:07d}.pt")
-            argv = ["--ckpt", str(checkpoint), "--seed", seed, *MEASURE_FLAGS.split()]
-            measured[str(step)] = measure_letters(*sample_letters(parse_args(argv)))
-        results["runs"][variant][seed] = measured
+            if str(step) in measured:
+                continue
+            sampler = Sampler(parse_args(
+                ["--ckpt", str(checkpoints / f"{step:07d}.pt"), "--seed", seed, *MEASURE_FLAGS.split()]))
+            figures = measure_letters(*sample_letters(sampler))
+            measured[str(step)] = figures | held_out_losses(sampler.model)
+        runs[seed] = measured
+        if variant == "never":
+            lines = (checkpoints.parent / "metrics.jsonl").read_text().splitlines()
+            measurements = [line for line in map(json.loads, lines) if "cosines" in line]
+            results["cosines"][seed] = {str(line["step"]): line["cosines"] for line in measurements}
         write_json(path, results)
     report_comparison(home, results, seeds)
     return 0
 
 
-def report_comparison(home, results, seeds):
-    """Prints two tables of means and standard deviations over the seeds, and draws their curves."""
-    steps = list(results["runs"]["plain"][seeds[0]])
-    # Of each variant, arrays (steps, 2).
-    means = {}
-    deviations = {}
-    for variant in VARIANTS:
-        runs = [results["runs"][variant][seed] for seed in seeds]
-        figures = np.array([[run[step] for step in steps] for run in runs])     # (seeds, steps, 2)
-        means[variant] = figures.mean(0)
-        deviations[variant] = figures.std(0, ddof=1 if len(seeds) > 1 else 0)
+def mean_and_error(x):
+    """The mean over the first axis of x, the seeds, and its standard error (0 for a single seed)."""
+    n = len(x)
+    return x.mean(0), x.std(0, ddof=1 if n > 1 else 0) / math.sqrt(n)
 
-    titles = ("Frechet distance", "fraction of letters recognised")
-    formats = (".1f", ".0%")
-    for metric, title in enumerate(titles):
-        print(f"\n| {title}, step |", " | ".join(VARIANTS), "|")
-        print("|---|" + "---|" * len(VARIANTS))
+
+def report_comparison(home, results, seeds):
+    """Prints a table of each metric, with the paired differences to the first HASTE, and draws curves."""
+    variants = list(results["runs"])
+    haste_early = variants[1]
+    steps = list(results["runs"]["never"][seeds[0]])
+    metrics = list(results["runs"]["never"][seeds[0]][steps[0]])
+    # Of each variant and metric, (seeds, steps).
+    figures = {variant: {metric: np.array([[run[seed][step][metric] for step in steps] for seed in seeds])
+                         for metric in metrics}
+               for variant, run in results["runs"].items()}
+    for metric in metrics:
+        print(f"\n| {metric}, step |", " | ".join(variants), "|")
+        print("|---|" + "---|" * len(variants))
         for i, step in enumerate(steps):
             cells = []
-            for variant in VARIANTS:
-                mean = format(means[variant][i, metric], formats[metric])
-                deviation = format(deviations[variant][i, metric], formats[metric])
-                cells.append(f"{mean} ± {deviation}")
+            for variant in variants:
+                x = figures[variant][metric][:, i]
+                difference, error = mean_and_error(x - figures[haste_early][metric][:, i])
+                cells.append(f"{x.mean():.4g} ({difference:+.2g} ± {error:.2g})")
             print(f"| {step} |", " | ".join(cells), "|")
-    distance, correct = results["real"]
-    print(f"\nFeatures and recognition are the classifier's; mean ± standard deviation over the seeds "
-          f"{', '.join(seeds)}. Real letters have {distance:.1f} and {correct:.0%}. {home}/compare.json has "
-          f"all figures.")
+    real = ", ".join(f"{metric} {value:.4g}" for metric, value in results["real"].items())
+    print(f"\nMeans over the seeds {', '.join(seeds)}; in brackets the mean difference to {haste_early} at the "
+          f"same seed, ± its standard error. Frechet distance and recognition are by the classifier; L_diff "
+          f"is that of the EMA on held-out letters. Real letters: {real}. {home}/compare.json has all.")
     if not find_spec("matplotlib"):
         return
+
     from matplotlib.figure import Figure
-    figure = Figure((10, 4.5), layout="constrained")
-    axes = figure.subplots(1, 2)
-    scales = ("log", "linear")
-    for i, axis in enumerate(axes):
-        for variant in VARIANTS:
-            axis.errorbar([int(step) for step in steps], means[variant][:, i], deviations[variant][:, i],
-                          label=variant)
-        axis.set(xlabel="step", title=titles[i], yscale=scales[i])
+    figure = Figure((11, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
+    x = [int(step) for step in steps]
+    for variant in variants:
+        axes[0, 0].errorbar(x, *mean_and_error(figures[variant]["Frechet distance"]), label=variant)
+    axes[0, 0].set(title="Frechet distance", yscale="log")
+    for variant in variants[:3]:
+        gap = figures["never"]["Frechet distance"] - figures[variant]["Frechet distance"]
+        axes[0, 1].errorbar(x, *mean_and_error(gap), label=variant)
+    axes[0, 1].set(title='Frechet distance: what "never" lacks')
+    for metric in INTERVALS:
+        gap = figures["never"][metric] - figures[haste_early][metric]
+        axes[1, 0].errorbar(x, *mean_and_error(gap), label=metric)
+    axes[1, 0].set(title=f'held-out L_diff: "never" minus {haste_early}')
+    measured = list(results["cosines"][seeds[0]])
+    cosines = np.array([[results["cosines"][seed][step] for step in measured] for seed in seeds])
+    for k, t in enumerate(haste.TRIGGER_TIMES):
+        axes[1, 1].errorbar([int(step) for step in measured], *mean_and_error(cosines[:, :, k]), label=f"t = {t}")
+    axes[1, 1].set(title="cosine of the gradients of alignment and L_diff")
+    for axis in axes.flat:
+        axis.set(xlabel="step")
         axis.legend()
+    for axis in axes.flat[1:]:
+        axis.axhline(0, color="grey", linewidth=0.5)
     with atomic_write(home / "compare.png") as f:
         figure.savefig(f, format="png", dpi=80)
 

@@ -2568,25 +2568,44 @@ def test_the_demo_is_a_row_of_ordinary_commands(quick_demo, capsys):
     assert Path("runs/demo/demo.png").is_file()
 
 
-def test_the_comparison_trains_and_measures_each_variant_once(quick_demo, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "VARIANTS", {"plain": "--tau 0", "HASTE": ""})
+def test_the_comparison_trains_each_variant_once_and_reports_paired_differences(
+        quick_demo, monkeypatch, capsys):
     trained = record_calls(monkeypatch, haste, "train")
-    evaluate.demo([*quick_demo, "--compare"])
+    quick_demo += "--compare --tau-from 1 --tau-every 1 --tau-images 8 --max-train-steps 3".split()
+    evaluate.demo(quick_demo)
     # The same command with another seed trains only what is missing.
-    evaluate.demo([*quick_demo, "--compare", "--seeds", "2"])
+    evaluate.demo([*quick_demo, "--seeds", "2"])
     names = [args.exp_name.removeprefix("compare/") for args, in trained]
-    assert names == ["seed0/plain", "seed0/HASTE", "seed1/plain", "seed1/HASTE"]
-    runs = json.loads(Path("runs/compare/compare.json").read_text())["runs"]
-    distances = []
-    for seed in ("0", "1"):
-        distance, correct = runs["plain"][seed]["1"]
-        distances.append(distance)
-    cell = f"| 1 | {np.mean(distances):.1f} ± {np.std(distances, ddof=1):.1f} | "
-    assert cell in capsys.readouterr().out
+    variants = "never HASTE-1 HASTE-2 plain REPA attention".split()
+    assert names == [f"seed{seed}/{variant}" for seed in (0, 1) for variant in variants]
+
+    results = json.loads(Path("runs/compare/compare.json").read_text())
+    assert list(results["cosines"]["0"]) == ["1", "2"]
+    runs = results["runs"]
+    # HASTE continues from the trunk: until tau the figures are the same, and then they are not.
+    assert runs["HASTE 2"]["0"]["2"] == runs["never"]["0"]["2"]
+    assert runs["HASTE 2"]["0"]["3"] != runs["never"]["0"]["3"]
+    never, early = [[runs[name][seed]["3"]["L_diff, t > 0.5"] for seed in "01"] for name in ("never", "HASTE 1")]
+    differences = np.subtract(never, early)
+    error = differences.std(ddof=1) / 2 ** 0.5
+    assert f"| 3 | {np.mean(never):.4g} ({differences.mean():+.2g} ± {error:.2g}) |" in capsys.readouterr().out
     has_matplotlib = bool(importlib.util.find_spec("matplotlib"))
     assert Path("runs/compare/compare.png").is_file() == has_matplotlib
     with pytest.raises(UserError, match="other flags"):
-        evaluate.demo([*quick_demo, "--compare", "--learning-rate", "0.1"])
+        evaluate.demo([*quick_demo, "--learning-rate", "0.1"])
+
+
+def test_the_held_out_loss_is_l_diff_at_fixed_times_as_a_whole_and_in_parts(quick_demo):
+    class OneMinusT(haste.SiT):
+        def forward(self, x, t, y):
+            return (1 - t).view(-1, 1, 1, 1).expand_as(x)
+
+    model = OneMinusT(24, 4, 3, 48, 1, 2, 10)
+    found = evaluate.held_out_losses(model)
+    assert found == evaluate.held_out_losses(model)
+    parts = [found["L_diff, t <= 0.1"], found["L_diff, 0.1 < t <= 0.5"], found["L_diff, t > 0.5"]]
+    assert found["L_diff"] == approx(np.dot((0.1, 0.4, 0.5), parts))
+    assert parts[0] > parts[2]
 
 
 # ---- Features together: processes, accumulation, compile, both models, tau, resume -------------------------
