@@ -2,6 +2,7 @@
 """FID, sFID, Inception Score, precision and recall as ADM's TensorFlow evaluator computes them, in PyTorch.
 
     torchrun --nproc_per_node=8 evaluate.py --ckpt runs/NAME/checkpoints/0400000.pt --ref REF
+    python evaluate.py --ckpt runs/ONE runs/TWO/checkpoints --ref REF       # the newest of ONE, all of TWO
     python evaluate.py --samples SAMPLES --ref REF          # an .npz, or a folder of images
     python evaluate.py --make-ref IMAGES --out ref.npz      # a reference of your own images
 
@@ -13,12 +14,11 @@
 REF is VIRTUAL_imagenet256_labeled.npz of openai/guided-diffusion, as in DiT, SiT, REPA and HASTE. --ckpt
 draws PNGs into a folder, only those that are missing, and measures it. Run the same command again to resume.
 
-What moves a FID: the sampler, its steps and its guidance. Fewer samples raise it: a CIFAR-10 model had 5.12
-with 50,000 and 9.75 with 5,000 (github.com/atong01/conditional-flow-matching/issues/111). --balanced lowers
-it by about 0.1. JPEG files move it. A resize with half-pixel centres moved one FID from 3.943 to 3.941, and
-TF32 in the Inception another from 46.830 to 46.788.
-ADM computes precision and recall in fp16, which adds about 0.001 and 0.0025. Samples are drawn in fp32, with
-TF32 on a GPU, as the released code draws them; --precision bf16 is another protocol.
+What moves a FID: the sampler, its steps and its guidance; fewer samples, which raise it (a CIFAR-10 model had
+5.12 with 50,000 and 9.75 with 5,000: github.com/atong01/conditional-flow-matching/issues/111); equal numbers
+of the classes, --balanced; JPEG files; another resize; TF32 in the Inception (measured here, on 620 images:
+46.788 for 46.830). ADM computes precision and recall in fp16, here they are in fp32. Samples are drawn in
+fp32, with TF32 on a GPU, as the released code draws them; --precision bf16 is another protocol.
 
 Sections 1 to 5 are the evaluation. Sections 6 and 7 are --demo and --demo --compare of haste.py, which run
 ordinary commands of both programs.
@@ -32,7 +32,7 @@ import shutil
 import sys
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -47,24 +47,31 @@ from scipy.linalg.lapack import dpstrf
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import normalize
+from torch.utils.data import DataLoader
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.functional import normalize, pil_to_tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
 import haste
-from haste import DEVICE, RANK, WORLD_SIZE, UserError, atomic_write, print0, user_error
+from haste import DEVICE, RANK, WORLD_SIZE, UserError, atomic_write, user_error
 
 # Features of the Inception for FID, for sFID, and for the Inception Score.
 POOL_DIM = 2048
 SPATIAL_DIM = 2023
 LOGITS_DIM = 1008
+# Images at a time. On a CPU, larger tensors would get new memory each time, which takes a tenth of the time.
+BATCH_SIZE = 16 if DEVICE.type == "cpu" else 64
 # Samples in a split of the Inception Score.
 SPLIT_SIZE = 5000
 # k of precision and recall.
 NEIGHBOURS = 3
 # How many images --make-ref stores for precision and recall.
 MAX_REFERENCES = 10_000
+METRICS = ("fid", "sfid", "is", "precision", "recall")
+# The flags that decide what --ckpt draws, beside the weights and the labels.
+SAMPLE_SETTINGS = ("num_samples", "balanced", "batch_size", "seed", "mode", "num_steps", "cfg_scale",
+                   "guidance_low", "guidance_high", "precision")
 # The file in which torch-fidelity converted the weights of TensorFlow's network.
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS}"
@@ -105,15 +112,12 @@ def undo_counted_padding(branch, args):
 class Inception(nn.Module):
     """images (B, 3, H, W) uint8 -> pool (B, 2048), spatial (B, 2023), logits (B, 1008) without bias, in fp32.
 
-    weights: a file with the converted weights, "random", or None to download them. Raises UserError.
+    weights: a file with the converted weights, "random", or None to download them.
     """
 
     def __init__(self, weights=None):
         super().__init__()
-        # On the meta device, no time is lost on weights that are overwritten.
-        with torch.device("meta"):
-            net = timm.create_model(
-                "inception_v3", pretrained=False, num_classes=LOGITS_DIM, aux_logits=False)
+        net = timm.create_model("inception_v3", pretrained=False, num_classes=LOGITS_DIM, aux_logits=False)
         if weights == "random":
             randomise(net)
         else:
@@ -153,59 +157,45 @@ class Inception(nn.Module):
 
 
 def load_weights(net, path):
-    with user_error(f"the FID Inception's weights could not be loaded from {path or WEIGHTS_URL}; without "
-                    f"internet, get that file and use --inception FILE, or --inception random for tests"):
+    file = path or Path(torch.hub.get_dir(), "checkpoints", WEIGHTS)
+    with user_error(f"the FID Inception's weights could not be loaded: if {file} is damaged, delete it; "
+                    f"without internet, get {WEIGHTS_URL} and use --inception FILE"):
         if path:
             state = torch.load(path, map_location="cpu", weights_only=True)
         else:
-            state = torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", check_hash=True)
-        net.load_state_dict(state, assign=True)
-        haste.check_finite(state, path or WEIGHTS)
+            with haste.first_process_first():
+                state = torch.hub.load_state_dict_from_url(WEIGHTS_URL, map_location="cpu", check_hash=True)
+        net.load_state_dict(state)
 
 
 def randomise(net):
     """Weights of a fixed seed that keep activations alive: He's; one pass over noise sets batch norm."""
     with torch.random.fork_rng(devices=()), torch.no_grad():
         torch.manual_seed(2015)
-        for module in net.to_empty(device="cpu").modules():
+        for module in net.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)
             if isinstance(module, nn.BatchNorm2d):
-                module.reset_parameters()
                 module.momentum = 1.0
-        nn.init.zeros_(net.fc.bias)
+        # Enlarged eight times, noise has neighbours that are alike, as those of images are.
         noise = torch.rand(4, 3, 38, 38) * 2 - 1
         net.train()(F.interpolate(noise, 299, mode="bilinear"))
 
 
 # ---- 2. The metrics ----------------------------------------------------------------------------------------
 
-def zeros(*shape):
-    return torch.zeros(shape, dtype=torch.float64, device=DEVICE)
+def add_to_sums(sums, x):
+    """Adds features x (n, d) to sums (d + 1, d + 1) in fp64, of (1, x) (1, x)^T: of 1, of x, and of x x^T."""
+    x = F.pad(x.double(), (1, 0), value=1.0)
+    sums.addmm_(x.T, x)
 
 
-class FeatureStatistics:
-    """Mean and covariance of features (B, d) that come in batches, from sums in fp64."""
-
-    def __init__(self, d):
-        self.n = zeros()
-        self.cum_mu = zeros(d)
-        self.cum_sigma = zeros(d, d)
-
-    def add(self, x):
-        x = x.double()
-        self.n += len(x)
-        self.cum_mu += x.sum(0)
-        self.cum_sigma.addmm_(x.T, x)
-
-    def sums(self):
-        return [self.n, self.cum_mu, self.cum_sigma]
-
-    def statistics(self):
-        """mu (d,) and sigma (d, d), as np.cov with ddof 1."""
-        mu = self.cum_mu / self.n
-        sigma = (self.cum_sigma - self.n * torch.outer(mu, mu)) / (self.n - 1)
-        return mu, sigma
+def mean_and_covariance(sums):
+    """mu (d,) and sigma (d, d), as np.cov with ddof 1."""
+    n = sums[0, 0]
+    mu = sums[0, 1:] / n
+    sigma = (sums[1:, 1:] - n * torch.outer(mu, mu)) / (n - 1)
+    return mu, sigma
 
 
 # |mu_1 - mu_2|^2 + tr S_1 + tr S_2 - 2 sum_i sqrt(lambda_i)
@@ -228,31 +218,25 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return (((mu1 - mu2) ** 2).sum() + sigma1.trace() + sigma2.trace() - 2 * trace).item()
 
 
-class InceptionScore:
-    """exp(mean of sum p (log p - log mean p)) over each split of 5,000 of n samples, and then their mean."""
-
-    def __init__(self, n):
-        splits = math.ceil(n / SPLIT_SIZE)
-        self.n = zeros(splits)
-        self.sum_p = zeros(splits, LOGITS_DIM)
-        self.sum_p_log_p = zeros(splits)
-
-    def add(self, rows, logits):
-        """logits (B, 1008) of the samples with these numbers."""
+# exp(mean of sum p (log p - log mean p)) = exp(mean of sum p log p - sum mean p log mean p)
+def inception_score(splits):
+    """The mean of the Inception Scores of splits, each of them logits (n, 1008)."""
+    scores = []
+    for logits in splits:
         log_p = logits.double().log_softmax(1)
         p = log_p.exp()
-        split = torch.tensor(rows, device=DEVICE) // SPLIT_SIZE
-        self.n.index_add_(0, split, torch.ones_like(p[:, 0]))
-        self.sum_p.index_add_(0, split, p)
-        self.sum_p_log_p.index_add_(0, split, (p * log_p).sum(1))
+        mean_p = p.mean(0)
+        scores.append(((p * log_p).sum(1).mean() - torch.xlogy(mean_p, mean_p).sum()).exp())
+    return torch.stack(scores).mean().item()
 
-    def sums(self):
-        return [self.n, self.sum_p, self.sum_p_log_p]
 
-    def score(self):
-        mean_p = self.sum_p / self.n[:, None]
-        mean_p_log_p = self.sum_p_log_p / self.n
-        return (mean_p_log_p - torch.xlogy(mean_p, mean_p).sum(1)).exp().mean().item()
+def measure_order_effect(logits):
+    """By what fraction the score changes if each split takes every k-th sample, and not 5,000 in a row."""
+    k = max(1, len(logits) // SPLIT_SIZE)
+    # Without the last split if that is shorter.
+    logits = logits[:k * SPLIT_SIZE]
+    strided = [logits[i::k] for i in range(k)]
+    return inception_score(strided) / inception_score(logits.split(SPLIT_SIZE)) - 1
 
 
 # ADM computes these in fp16 if they stay finite; fp32 is what it falls back to.
@@ -275,7 +259,7 @@ def fraction_within(x, centres, radii, block=2000):
 
 # ---- 3. Images: of files, and drawn from a checkpoint ------------------------------------------------------
 
-class Npz(Dataset):
+class Npz:
     """arr_0 of an .npz, (n, H, W, 3) uint8. images[rows], (B, 3, H, W), is read when it is needed."""
 
     names = ()
@@ -283,67 +267,47 @@ class Npz(Dataset):
     def __init__(self, path):
         self.path = path
         self.file = None
-        with user_error(f"{path} is no folder and no .npz with arr_0, uint8 (n, H, W, 3)"):
-            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-                np.lib.format.read_magic(file)
-                self.shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-                self.start = file.tell()
-            if dtype != np.uint8 or self.shape[3:] != (3,) or fortran_order:
-                raise ValueError(f"arr_0 is {dtype} {self.shape}, in Fortran's order: {fortran_order}")
-
-    def __len__(self):
-        return self.shape[0]
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+            np.lib.format.read_magic(file)
+            self.shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+            self.start = file.tell()
+        if dtype != np.uint8 or self.shape[3:] != (3,) or fortran_order:
+            raise UserError(f"arr_0 of {path} is {dtype} {self.shape}, and must be uint8 (n, H, W, 3)")
 
     def __getitem__(self, rows):
+        # Each loader process opens the file for itself.
+        if not self.file:
+            self.file = zipfile.ZipFile(self.path).open("arr_0.npy")
         shape = (len(rows), *self.shape[1:])
-        with user_error(f"{self.path}: arr_0 is damaged near image {rows[0]}"):
-            # Each loader process opens the file for itself.
-            if not self.file:
-                self.file = zipfile.ZipFile(self.path).open("arr_0.npy")
-            self.file.seek(self.start + rows[0] * math.prod(shape[1:]))
-            data = bytearray(self.file.read(math.prod(shape)))
-            images = torch.frombuffer(data, dtype=torch.uint8).view(shape)
-        return images.permute(0, 3, 1, 2)
+        self.file.seek(self.start + rows[0] * math.prod(shape[1:]))
+        data = bytearray(self.file.read(math.prod(shape)))
+        return torch.frombuffer(data, dtype=torch.uint8).view(shape).permute(0, 3, 1, 2)
 
 
-class Folder(Dataset):
+class Folder:
     """The images below a folder, all of one size. images[rows] is uint8 (B, 3, H, W)."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.names, others = haste.list_images(folder)
+        self.names = list_images(folder)
         if not self.names:
             raise UserError(f"{folder} holds no images")
-        if others:
-            print0(f"{folder}: skipping {len(others)} files that are no images: {', '.join(others[:3])}")
-        self.shape = None
-        _, H, W = self.read(self.names[0]).shape
+        _, _, H, W = self[[0]].shape
         self.shape = (len(self.names), H, W, 3)
-        # The sizes in the files' headers tell of a misfit before the hours of measuring. EXIF can turn them.
-        for name in self.names:
-            path = self.folder / name
-            with user_error(f"{path} cannot be read"), Image.open(path) as image:
-                if sorted(image.size) != sorted((H, W)):
-                    self.check_size(name, image.height, image.width)
-
-    def __len__(self):
-        return len(self.names)
 
     def __getitem__(self, rows):
-        return torch.stack([self.read(self.names[i]) for i in rows])
+        images = []
+        for i in rows:
+            path = self.folder / self.names[i]
+            with user_error(f"{path} cannot be read"), Image.open(path) as image:
+                images.append(pil_to_tensor(haste.to_rgb(image)))
+        return torch.stack(images)
 
-    def read(self, name):
-        path = self.folder / name
-        with user_error(f"{path} cannot be read"), Image.open(path) as image:
-            image = haste.to_tensor(haste.to_rgb(image))
-        if self.shape:
-            self.check_size(name, *image.shape[1:])
-        return image
 
-    def check_size(self, name, height, width):
-        if (height, width) != self.shape[1:3]:
-            raise UserError(f"{self.folder / name} has the size {[height, width]}, and {self.names[0]} "
-                            f"{list(self.shape[1:3])}: all must have one size, as those of --prepare have")
+def list_images(folder):
+    """Sorted names of the images below a folder. Links are followed; hidden files are left out."""
+    names = glob("**/*", root_dir=folder, recursive=True)
+    return sorted(name for name in names if name.lower().endswith(IMG_EXTENSIONS))
 
 
 def split_rows(n, batch_size):
@@ -351,89 +315,74 @@ def split_rows(n, batch_size):
     return [range(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
 
 
-def open_images(path, statistics_suffice=False):
-    """(images, their statistics or None) of a folder, or of an .npz with ADM's keys. Raises UserError.
+def open_images(path):
+    """(images, stored statistics) of a folder, or of an .npz with ADM's keys, which may have no images.
 
-    The statistics are {"fid": (mu, sigma), "sfid": (mu, sigma)}. With statistics_suffice, images may be None.
+    The statistics are {"fid": (mu, sigma), "sfid": (mu, sigma)}, or as many of them as there are.
     """
     if Path(path).is_dir():
-        return check_number(path, Folder(path)), None
-    statistics = None
-    with user_error(f"{path} is no folder and no intact .npz"), np.load(path) as file:
-        if "mu" in file.files:
-            statistics = read_statistics(file)
-        has_images = "arr_0" in file.files
-    if statistics and statistics_suffice and not has_images:
-        return None, statistics
-    return check_number(path, Npz(path)), statistics
-
-
-def check_number(path, images):
-    if len(images) <= NEIGHBOURS:
-        raise UserError(f"{path} holds {len(images)} images, and at least {NEIGHBOURS + 1} are needed")
-    return images
-
-
-def read_statistics(file):
-    """The statistics that an .npz holds. Some references have those of FID alone."""
+        return Folder(path), {}
     statistics = {}
-    for metric, suffix, d in (("fid", "", POOL_DIM), ("sfid", "_s", SPATIAL_DIM)):
-        if f"mu{suffix}" not in file.files:
-            continue
-        mu = torch.from_numpy(file[f"mu{suffix}"]).double().to(DEVICE)
-        sigma = torch.from_numpy(file[f"sigma{suffix}"]).double().to(DEVICE)
-        if mu.shape != (d,) or sigma.shape != (d, d):
-            raise ValueError(f"mu{suffix} {list(mu.shape)}, sigma{suffix} {list(sigma.shape)} must be of {d}")
-        if not mu.isfinite().all() or not sigma.isfinite().all():
-            raise ValueError(f"mu{suffix} or sigma{suffix} is not finite")
-        statistics[metric] = mu, sigma
-    return statistics
+    with user_error(f"{path} is no folder and no intact .npz with ADM's keys"), np.load(path) as file:
+        for metric, suffix in (("fid", ""), ("sfid", "_s")):
+            if f"mu{suffix}" in file.files:
+                mu = torch.from_numpy(file[f"mu{suffix}"]).double().to(DEVICE)
+                sigma = torch.from_numpy(file[f"sigma{suffix}"]).double().to(DEVICE)
+                statistics[metric] = mu, sigma
+        if statistics and "arr_0" not in file.files:
+            return None, statistics
+        return Npz(path), statistics
 
 
-def checksum(state):
-    """A number that differs if any weight of a state dict does."""
-    crc = 0
-    for x in state.values():
-        crc = zlib.crc32(x.cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
-    return crc
+def list_checkpoints(paths):
+    """The files that --ckpt means: checkpoints, all of those in a folder, the newest of a run."""
+    checkpoints = []
+    for path in map(Path, paths):
+        run = path / "checkpoints"
+        folder = run if run.is_dir() else path
+        found = [path]
+        if folder.is_dir():
+            found = sorted(file for file in folder.glob("*.pt") if file.stem.isdecimal())
+        if not found or not found[0].is_file():
+            raise UserError(f"--ckpt {path}: there is no checkpoint")
+        checkpoints += found[-1:] if folder == run else found
+    return checkpoints
 
 
 class Sampler:
-    """Draws a checkpoint's samples, as PNGs in a folder. Raises UserError.
+    """Draws a checkpoint's samples, as PNGs in a folder.
 
-    Batch i is a function of (seed, i), whatever the number of processes. `protocol` is all that decides the
-    samples; FOLDER.json holds it.
+    Batch i is a function of (seed, i), whatever the number of processes. `settings` is all that decides the
+    samples, by content and not by the names of files; FOLDER.json holds it.
     """
 
-    def __init__(self, args):
+    def __init__(self, args, path):
         self.args = args
         with haste.first_process_first():
-            self.model, run_args = haste.load_ema(args.ckpt, args.model)
-            self.vae = haste.load_decoder(run_args["vae"], args.vae, self.model)
+            self.model, run_args = haste.load_ema(path, args.model)
+            self.vae = haste.load_decoder(run_args["vae"], args.vae)
         self.scale = run_args["scale"]
         self.interval = (args.guidance_low, args.guidance_high)
-        haste.check_sampler(self.model, args.num_steps, args.cfg_scale, self.interval, args.mode)
-        self.trained_labels = run_args.get("trained_labels") or list(range(self.model.num_classes))
+        if args.cfg_scale == 1 and self.interval != (0, 1):
+            raise UserError("--guidance-low and --guidance-high do nothing at guidance 1: add --cfg-scale")
         self.labels = self.choose_labels(args.num_samples, np.random.default_rng(args.seed))
-        self.protocol = {
-            "model": run_args["model"], "EMA's checksum": checksum(self.model.state_dict()),
-            "seed": args.seed, "number of samples": args.num_samples, "batch size": args.batch_size,
-            "sampler": args.mode, "steps": args.num_steps, "arithmetic": args.precision,
-            "guidance": args.cfg_scale, "interval": list(self.interval),
-            "guided channels": self.model.guided_channels, "labels": self.describe_labels(),
-            "labels' checksum": zlib.crc32("\n".join(map(str, self.labels)).encode()),
-            "VAE": "none: pixels", "scale": self.scale}
-        if self.vae:
-            self.protocol["VAE"] = self.vae.config["_name_or_path"]
-            self.protocol["VAE's checksum"] = checksum(self.vae.state_dict())
+        # The projector, which may be of any teacher's width, takes no part in sampling.
+        weights = {key: x for key, x in self.model.state_dict().items() if not key.startswith("projectors.")}
+        self.settings = {name: getattr(args, name) for name in SAMPLE_SETTINGS}
+        self.settings |= {
+            "model": run_args["model"],
+            "weights": haste.checksum(weights),
+            "guided_channels": self.model.guided_channels,
+            "labels": zlib.crc32("\n".join(map(str, self.labels)).encode()),
+            "vae": haste.checksum(self.vae.state_dict()) if self.vae else None,
+            "scale": self.scale,
+        }
         if args.compile:
             haste.compile_blocks(self.model)
-        self.folder = Path(args.out or self.default_folder())
-        self.record = Path(f"{self.folder}.json")
+        self.folder = Path(args.out or self.default_folder(Path(path).absolute()))
 
-    def default_folder(self):
+    def default_folder(self, path):
         args = self.args
-        path = Path(args.ckpt).absolute()
         run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
         balanced = "-balanced" if args.balanced else ""
         name = (f"{path.stem}-{args.mode}-{args.num_steps}-cfg-{args.cfg_scale:g}-in-{args.guidance_low:g}-"
@@ -441,30 +390,22 @@ class Sampler:
         return run / "eval" / name
 
     def choose_labels(self, n, rng):
-        """For each of n samples its class, or its caption. Only classes that occur in training are drawn."""
+        """For each of n samples its class, or its caption."""
         source = self.args.captions_from
         if isinstance(self.model, haste.MMDiT) != bool(source):
-            raise UserError("--captions-from DIR is for an MMDiT, which draws the captions of that dataset")
-        if source and self.args.balanced:
-            raise UserError("--balanced is for classes, and an MMDiT has none: leave it out")
+            raise UserError("an MMDiT needs --captions-from DIR, a prepared dataset whose captions it draws; "
+                            "other models take no captions")
         if source:
             data = haste.Data(source)
-            with user_error(f"--captions-from {source} has images without captions"):
-                texts = [data.captions[name][0] for name in data.names]
+            texts = [data.captions[name][0] for name in data.names]
             return np.resize(rng.permutation(texts), n)
-        classes = np.array(self.trained_labels)
+        classes = self.model.num_classes
         # In random order: samples sorted by class would spoil the splits of IS.
         if self.args.balanced:
-            return classes[rng.permutation(np.arange(n) % len(classes))]
-        return classes[rng.integers(len(classes), size=n)]
-
-    def describe_labels(self):
-        if self.args.captions_from:
-            return self.args.captions_from
-        order = "balanced" if self.args.balanced else "uniform at random"
-        if len(self.trained_labels) < self.model.num_classes:
-            order += f", of the {len(self.trained_labels)} classes that occur in training"
-        return order
+            if n % classes:
+                raise UserError(f"--balanced: --num-samples {n} is no multiple of the {classes} classes")
+            return rng.permutation(np.arange(n) % classes)
+        return rng.integers(classes, size=n)
 
     @torch.no_grad()
     def sample(self, rows):
@@ -484,41 +425,31 @@ class Sampler:
             x = haste.sample(self.model, noise, y, args.num_steps, args.cfg_scale, self.interval, args.mode)
         return haste.to_images(x, self.vae, self.scale)
 
-    def generate_missing(self):
-        """Draws the batches that lack a file, and returns the folder."""
-        names = [f"{i:06d}.png" for i in range(self.args.num_samples)]
-        # What another process or another command has drawn is there already.
-        present = set(haste.list_images(self.folder)[0])
-        if present and not self.record.is_file():
-            raise UserError(f"{self.folder} holds images that this program did not draw: name another --out")
-        if present:
-            recorded = haste.read_json(self.record)
-            different = [key for key, value in self.protocol.items() if recorded.get(key) != value]
-            different += sorted(present.difference(names))[:3]
-            # A folder with samples of two kinds would have a figure of neither.
-            if different:
-                raise UserError(f"{self.folder} has samples that were drawn in another way "
-                                f"({', '.join(different)}): delete it, or name another --out")
-        missing = [rows for rows in split_rows(len(names), self.args.batch_size)
-                   if not present.issuperset(names[rows.start:rows.stop])]
-        # All processes have looked before one writes.
+    def draw(self):
+        """Draws the batches that lack a file, and returns the images of the folder."""
+        record = Path(f"{self.folder}.json")
+        recorded = json.loads(record.read_text()) if record.is_file() else {}
+        different = [name for name, value in self.settings.items() if recorded.get(name) != value]
+        # A folder with samples of two kinds would have a figure of neither.
+        if different and list_images(self.folder):
+            raise UserError(f"{self.folder} holds images that were drawn in another way, or by another "
+                            f"program ({', '.join(different)}): name another --out")
+        write_json(record, self.settings)
+        n = self.args.num_samples
+        batches = split_rows(n, self.args.batch_size)[RANK::WORLD_SIZE]
+        for rows in tqdm(batches, "drawing", unit=" batches", disable=RANK > 0):
+            paths = [self.folder / f"{i:06d}.png" for i in rows]
+            if all(path.is_file() for path in paths):
+                continue
+            arrays = self.sample(rows).permute(0, 2, 3, 1).cpu().numpy()
+            for path, array in zip(paths, arrays):
+                write_png(path, array)
         haste.barrier()
-        lock = None
-        if RANK == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = haste.lock_folder(self.folder)
-            write_json(self.record, self.protocol)
-        # Pillow encodes on several cores at a time.
-        with ThreadPoolExecutor(4) as pool, \
-                tqdm(missing[RANK::WORLD_SIZE], "drawing", unit=" batches", disable=RANK > 0) as bar:
-            for rows in bar:
-                arrays = self.sample(rows).permute(0, 2, 3, 1).cpu().numpy()
-                paths = [self.folder / names[i] for i in rows]
-                list(pool.map(write_png, paths, arrays))
-        haste.barrier()
-        if lock:
-            lock.close()
-        return self.folder
+        images = Folder(self.folder)
+        if len(images.names) != n:
+            raise UserError(f"{self.folder} holds {len(images.names)} images instead of {n}: all processes "
+                            f"need one disk, and this folder for themselves")
+        return images
 
 
 def write_png(path, array):
@@ -542,178 +473,194 @@ def allow_tf32(allowed):
     torch.backends.cudnn.allow_tf32 = allowed
 
 
-def measure(images, net, args, title, keep_features):
-    """({"fid": (mu, sigma), "sfid": (mu, sigma)}, IS, the pooled features (n, 2048) or none) of images.
+def measure(images, stored_statistics, net, args, title, keep=True):
+    """{"fid": (mu, sigma), "sfid": (mu, sigma), "features": (n, 2048), "logits": (n, 1008)} of images.
 
-    Each process takes every WORLD_SIZE-th batch.
+    Stored statistics replace measured ones, as in ADM. Each process takes every WORLD_SIZE-th batch.
     """
+    if images is None:
+        return stored_statistics
     allow_tf32(False)
-    n = len(images)
-    ranges = split_rows(n, args.batch_size)[RANK::WORLD_SIZE]
-    pool_statistics = FeatureStatistics(POOL_DIM)
-    spatial_statistics = FeatureStatistics(SPATIAL_DIM)
-    inception_score = InceptionScore(n)
-    features = torch.zeros(n if keep_features else 0, POOL_DIM, device=DEVICE)
+    ranges = split_rows(images.shape[0], BATCH_SIZE)[RANK::WORLD_SIZE]
+    pool_sums, spatial_sums = [
+        torch.zeros(d + 1, d + 1, dtype=torch.float64, device=DEVICE) for d in (POOL_DIM, SPATIAL_DIM)]
+    # The features of a whole training set would not fit the memory.
+    n = images.shape[0] if keep else 0
+    features, all_logits = [torch.zeros(n, d, device=DEVICE) for d in (POOL_DIM, LOGITS_DIM)]
     # The loader's processes read a whole batch at a time, images[rows].
-    loader = DataLoader(images, batch_size=None, sampler=ranges, num_workers=args.num_workers,
-                        timeout=300 if args.num_workers else 0)
-    # On a CPU, large tensors would get new memory for each batch, which takes a tenth of the time.
-    part_size = 16 if DEVICE.type == "cpu" else args.batch_size
-    with tqdm(total=len(ranges), desc=title, unit=" batches", disable=RANK > 0) as bar:
-        for rows, batch in zip(ranges, haste.load_batches(loader)):
-            outputs = [net(part) for part in batch.to(DEVICE).split(part_size)]
-            pool, spatial, logits = [torch.cat(parts) for parts in zip(*outputs)]
-            pool_statistics.add(pool)
-            spatial_statistics.add(spatial)
-            inception_score.add(rows, logits)
-            if keep_features:
-                features[rows.start:rows.stop] = pool
-            bar.update()
-    # Sums of the processes add up, and each process has filled its own rows of the features.
+    loader = DataLoader(images, batch_size=None, sampler=ranges, num_workers=args.num_workers)
+    for rows, batch in zip(tqdm(ranges, title, unit=" batches", disable=RANK > 0), loader):
+        pool, spatial, logits = net(batch.to(DEVICE))
+        add_to_sums(pool_sums, pool)
+        add_to_sums(spatial_sums, spatial)
+        if keep:
+            features[rows.start:rows.stop] = pool
+            all_logits[rows.start:rows.stop] = logits
+    # Sums of the processes add up, and each process has filled its own rows of features and logits.
     if WORLD_SIZE > 1:
-        sums = [*pool_statistics.sums(), *spatial_statistics.sums(), *inception_score.sums()]
-        for x in (*sums, features):
+        for x in (pool_sums, spatial_sums, features, all_logits):
             dist.all_reduce(x)
-    statistics = {"fid": pool_statistics.statistics(), "sfid": spatial_statistics.statistics()}
-    return statistics, inception_score.score(), features
+    statistics = {"fid": mean_and_covariance(pool_sums), "sfid": mean_and_covariance(spatial_sums)}
+    return statistics | stored_statistics | {"features": features, "logits": all_logits}
 
 
-def list_notes(args, samples, references, reference_statistics, stored_statistics):
-    """Sentences on what makes these figures incomparable with published ones."""
-    notes = []
-    if not references:
-        notes.append(f"{args.ref} holds statistics but no images: precision and recall are left out")
-    elif references.shape[1:] != samples.shape[1:]:
-        notes.append(f"samples have the size {samples.shape[1:3]}, and reference images "
-                     f"{references.shape[1:3]}")
-    if "sfid" not in reference_statistics:
-        notes.append(f"{args.ref} has no mu_s and sigma_s: sFID is left out; if pytorch-fid or clean-fid "
-                     f"wrote this file, FID compares with no other, as they resize images in another way")
-    if args.inception == "random":
-        notes.append("the features are a random network's: figures compare only with one another")
-    if stored_statistics:
-        notes.append(f"FID and sFID are those of the mu and sigma in {args.samples}, as ADM takes them")
-    elif len(samples) < 50_000:
-        notes.append(f"only {len(samples):,} samples instead of 50,000: FID is biased upwards")
-    if any(name.lower().endswith((".jpg", ".jpeg")) for name in samples.names):
-        notes.append("samples are JPEG files, which moves FID")
-    if len(samples) > SPLIT_SIZE and any("/" in name for name in samples.names):
-        notes.append(f"samples come folder by folder: if these are classes, IS over splits of {SPLIT_SIZE:,} "
-                     f"is too low")
-    return notes
-
-
-def evaluate(args):
-    """Measures args.ckpt or args.samples against args.ref, or makes a reference. Prints protocol and metrics.
-
-    Returns {metric: value} on the first process, and None on the others. Raises UserError.
-    """
-    # --- mistakes in the reference, the samples and the checkpoint are found before the hours of sampling
-    haste.join_processes(args)
-    if args.json:
-        haste.check_output("--json", args.json)
-    with haste.first_process_first():
-        net = Inception(args.inception).to(DEVICE)
-    if args.make_ref:
-        return make_reference(args, net)
-    references, reference_statistics = open_images(args.ref, statistics_suffice=True)
-    sampler = None
-    stored_statistics = None
-    if args.ckpt:
-        sampler = Sampler(args)
-    else:
-        samples, stored_statistics = open_images(args.samples)
-    keep_features = references is not None and not args.no_prec_recall
-
-    # --- features of the reference, then of the samples
-    if keep_features or not reference_statistics:
-        measured, _, reference_features = measure(references, net, args, "reference", keep_features)
-        reference_statistics = reference_statistics or measured
-    source = args.samples
-    if sampler:
-        source = str(sampler.generate_missing())
-        samples = Folder(source)
-    statistics, inception_score, features = measure(samples, net, args, "samples", keep_features)
-    if RANK > 0:
-        return None
-    # ADM takes the statistics that are stored in a file of samples, if there are any.
-    if stored_statistics:
-        statistics |= stored_statistics
-
-    # --- the metrics, with their protocol and notes
+def score(samples, reference):
+    """{metric: value} of what `measure` returned, without those that the reference does not allow."""
     results = {}
-    for metric in reference_statistics:
-        results[metric] = frechet_distance(*statistics[metric], *reference_statistics[metric])
-    results["is"] = inception_score
-    if keep_features:
-        results["precision"] = fraction_within(features, reference_features, knn_radii(reference_features))
-        results["recall"] = fraction_within(reference_features, features, knn_radii(features))
-    protocol = {
-        "samples": source, "number of samples": len(samples), "size": list(samples.shape[1:3]),
-        "reference": args.ref, "features": args.inception or WEIGHTS}
-    if sampler:
-        protocol |= sampler.protocol
-    notes = list_notes(args, samples, references, reference_statistics, stored_statistics)
-    for name, value in (protocol | results).items():
-        print(f"{name:20} {value}")
-    for note in notes:
-        print(f"note: {note}")
-
-    # --- the report: beside the samples that were drawn, and where --json asks for it
-    report = results | {"protocol": protocol, "notes": notes}
-    paths = [args.json] if args.json else []
-    if sampler:
-        paths.append(f"{source}-{Path(args.ref).stem}.json")
-    for path in paths:
-        write_json(path, report)
-        print(f"{path} has these figures")
+    for metric in ("fid", "sfid"):
+        if metric in reference:
+            results[metric] = frechet_distance(*samples[metric], *reference[metric])
+    results["is"] = inception_score(samples["logits"].split(SPLIT_SIZE))
+    if "features" in reference:
+        a, b = samples["features"], reference["features"]
+        results["precision"] = fraction_within(a, b, knn_radii(b))
+        results["recall"] = fraction_within(b, a, knn_radii(a))
     return results
 
 
-def make_reference(args, net):
+def list_notes(args, images, references, results, logits):
+    """Sentences on what makes these figures incomparable with published ones."""
+    n = len(logits)
+    order_effect = measure_order_effect(logits)
+    notes = {
+        "the features are a random network's: figures compare only with one another":
+            args.inception == "random",
+        "the reference has no mu_s and sigma_s; pytorch-fid and clean-fid write such files, of images that "
+        "were resized in another way: then FID compares with no other": "sfid" not in results,
+        "samples and reference images differ in size":
+            references is not None and references.shape[1:] != images.shape[1:],
+        "samples are JPEG files, which moves FID":
+            any(name.lower().endswith((".jpg", ".jpeg")) for name in images.names),
+        f"only {n:,} samples instead of 50,000: FID is biased upwards": n < 50_000,
+        f"IS counts its last split, of only {n % SPLIT_SIZE:,} samples, as much as those of {SPLIT_SIZE:,}":
+            n > SPLIT_SIZE and n % SPLIT_SIZE > 0,
+        f"in another order of the samples IS would be {order_effect:+.0%}, as if they were sorted by class":
+            abs(order_effect) > 0.05,
+    }
+    return [note for note, applies in notes.items() if applies]
+
+
+def evaluate(args):
+    """Measures each of args.ckpt or args.samples against args.ref, and prints a table of the figures.
+
+    Returns {path: report} on the first process, and an empty dictionary on the others.
+    """
+    # --- mistakes are found before the hours of drawing
+    haste.join_processes()
+    if args.make_ref:
+        return make_reference(args)
+    if args.json:
+        check_output(args.json)
+    references, statistics = open_images(args.ref)
+    samples = {path: open_images(path) for path in args.samples or ()}
+    checkpoints = list_checkpoints(args.ckpt or ())
+    if args.out and len(checkpoints) > 1:
+        raise UserError("several checkpoints cannot share one --out: leave it out")
+    # It is loaded again when it draws, so that only one model is in memory at a time.
+    if checkpoints:
+        Sampler(args, checkpoints[0])
+    net = Inception(args.inception).to(DEVICE)
+    reference = measure(references, statistics, net, args, "reference")
+
+    reports = {}
+    for path in (*samples, *checkpoints):
+        settings = {}
+        if path in samples:
+            images, statistics = samples[path]
+        else:
+            sampler = Sampler(args, path)
+            images, statistics, settings = sampler.draw(), {}, sampler.settings
+        measured = measure(images, statistics, net, args, "samples")
+        if RANK > 0:
+            continue
+        results = score(measured, reference)
+        report = results | {
+            "num_samples": images.shape[0],
+            "size": images.shape[1:3],
+            "reference": args.ref,
+            "inception": args.inception or WEIGHTS,
+            "settings": settings,
+            "notes": list_notes(args, images, references, results, measured["logits"]),
+        }
+        reports[str(path)] = report
+        if path in checkpoints:
+            # References in several folders may all be called ref.npz.
+            ref = Path(args.ref).absolute()
+            write_json(f"{sampler.folder}-{ref.parent.name}-{ref.stem}.json", report)
+    if args.json:
+        write_json(args.json, reports)
+    if RANK == 0:
+        print_table(args, reports)
+    return reports
+
+
+def print_table(args, reports):
+    if args.ckpt:
+        print(", ".join(f"{name} {getattr(args, name)}" for name in SAMPLE_SETTINGS))
+    metrics = [name for name in METRICS if all(name in report for report in reports.values())]
+    print("| samples | number |", " | ".join(metrics), "|")
+    print("|---|---|" + "---|" * len(metrics))
+    for path, report in reports.items():
+        cells = [f"{report[name]:.6g}" for name in metrics]
+        print(f"| {path} | {report['num_samples']} |", " | ".join(cells), "|")
+    # Most notes are the same for all rows.
+    for note in dict.fromkeys(itertools.chain(*[report["notes"] for report in reports.values()])):
+        print(f"note: {note}")
+
+
+def check_output(path):
+    """Makes an empty file if there is none: a place that cannot be written is found before the work."""
+    if RANK == 0:
+        Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
+        open(path, "ab").close()
+
+
+def make_reference(args):
     """--make-ref: ADM's keys, from images; arr_0 holds all of them, or 10,000 evenly spaced ones."""
     path = args.out or "ref.npz"
-    haste.check_output("--out", path)
-    if os.path.exists(path):
-        raise UserError(f"--make-ref: {path} exists already: delete it, or name another file with --out")
+    # Of an interrupted command, there is an empty file.
+    if os.path.exists(path) and os.path.getsize(path) > 0:
+        raise UserError(f"--make-ref: {path} exists already: name another file with --out")
     images, _ = open_images(args.make_ref)
-    statistics, _, _ = measure(images, net, args, "reference", keep_features=False)
+    check_output(path)
+    net = Inception(args.inception).to(DEVICE)
+    measured = measure(images, {}, net, args, "reference", keep=False)
     if RANK > 0:
         return
-    count = min(len(images), MAX_REFERENCES)
-    chosen = np.linspace(0, len(images) - 1, count).round().astype(int).tolist()
-    arr_0 = np.stack([images[[i]][0].permute(1, 2, 0).numpy() for i in chosen])
-    mu, sigma = [x.cpu() for x in statistics["fid"]]
-    mu_s, sigma_s = [x.cpu() for x in statistics["sfid"]]
+    n = images.shape[0]
+    count = min(n, MAX_REFERENCES)
+    chosen = np.linspace(0, n - 1, count).round().astype(int).tolist()
+    arr_0 = torch.cat([images[[i]] for i in chosen]).permute(0, 2, 3, 1)
+    mu, sigma = [x.cpu() for x in measured["fid"]]
+    mu_s, sigma_s = [x.cpu() for x in measured["sfid"]]
     with atomic_write(path) as f:
         np.savez(f, arr_0=arr_0, mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
-    print0(f"{path}: mu and sigma of {len(images):,} images, and {count:,} of the images themselves, for "
-           f"precision and recall")
+    print(f"{path}: mu and sigma of {n:,} images, and {count:,} of the images, for precision and recall")
 
 
 # ---- 5. The command line -----------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     """The values of evaluate.py's flags."""
-    parser = haste.Parser("evaluate.py")
+    parser = haste.new_parser("evaluate.py")
     add = parser.add_argument_group("what to measure, and against what").add_argument
-    add("--ckpt", help="draw samples from this checkpoint's EMA, then measure them")
-    add("--samples", help="measure an .npz with arr_0, or a folder of images")
+    add("--ckpt", nargs="+",
+        help="draw samples from the EMA of these, and measure them; a folder stands for all of its "
+             "checkpoints, and runs/NAME for the run's newest")
+    add("--samples", nargs="+", help="measure each of these, an .npz with arr_0 or a folder of images")
     add("--make-ref", metavar="IMAGES", help="write a reference of these images to --out")
     add("--ref", help="an ADM .npz, or a folder of images")
     add("--out", help="for --ckpt a folder (default: in the run's eval/), for --make-ref a file (default: "
                       "ref.npz)")
-    add("--json", help="a file for the metrics and their protocol")
-    add("--no-prec-recall", action="store_true", help="leave precision and recall out")
+    add("--json", help="a file for all figures and their protocol; --ckpt also writes one beside its samples")
     add("--inception", metavar="FILE",
         help="the FID Inception's weights (default: downloaded), or random, for tests")
-    add("--batch-size", type=haste.COUNT, default=64,
-        help="images at a time, in each process; it is a part of what --ckpt draws")
 
     add = parser.add_argument_group("what --ckpt draws").add_argument
-    add("--num-samples", "--num-fid-samples", type=haste.number(int, NEIGHBOURS + 1), default=50_000,
-        help="samples")
-    add("--balanced", action="store_true", help="the same number of each class, in random order")
+    add("--num-samples", "--num-fid-samples", type=haste.count, default=50_000, help="samples")
+    add("--batch-size", type=haste.count, default=64,
+        help="samples at a time, in each process; the noise depends on it")
+    add("--balanced", action="store_true", help="equally many of each class, in random order")
     add("--captions-from", metavar="DIR", help="the prepared dataset with an MMDiT's captions")
     add("--model", help="for a checkpoint that does not name its model")
 
@@ -725,7 +672,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    with haste.exit_on_user_error("evaluate.py"):
+    with haste.exit_on_user_error():
         args = parse_args(argv)
         sources = [source for source in (args.ckpt, args.samples, args.make_ref) if source]
         if len(sources) != 1:
@@ -843,8 +790,8 @@ def prepare_letters(home):
 
 def sample_letters(sampler):
     """(images (n, 3, 24, 24) uint8, labels (n,)) that evaluate.py measures."""
-    images = Folder(sampler.generate_missing())[range(sampler.args.num_samples)]
-    return images, torch.from_numpy(sampler.labels)
+    labels = torch.from_numpy(sampler.labels)
+    return sampler.draw()[range(len(labels))], labels
 
 
 def demo(argv):
@@ -857,33 +804,36 @@ def demo(argv):
     home = Path(args.output_dir, args.exp_name or "demo")
     at = shlex.quote(str(home))
     data_flags = prepare_letters(home)
-    code = haste.train(announce(
+    training = announce(
         "haste.py", f"{data_flags} --exp-name demo {TRAIN_FLAGS} {DEMO_FLAGS} {SAMPLE_FLAGS} "
-                    f"{training_flags}"))
+                    f"{training_flags}")
+    code = haste.train(training)
     if code:
         return code
     classifier = fit_classifier()
     real, real_labels, _ = draw_letters(500, seed=2)
     print(f"\nthe classifier recognises {accuracy(classifier, real, real_labels):.0%} of real letters")
     np.savez(home / "real.npz", arr_0=real[:50].permute(0, 2, 3, 1))
+    # A run that was stopped has more checkpoints than these.
+    paths = [path for path in list_checkpoints([home / "checkpoints"])
+             if int(path.stem) in (training.tau, training.max_train_steps)]
+    evaluation = announce(
+        "evaluate.py", f"--ckpt {shlex.join(map(str, paths))} --num-samples 100 {SAMPLE_FLAGS} "
+                       f"--num-workers 0 --ref {at}/real.npz --inception random")
+    evaluate(evaluation)
     rows = []
-    for path in sorted((home / "checkpoints").glob("*.pt")):
-        evaluation = announce(
-            "evaluate.py", f"--ckpt {at}/checkpoints/{path.name} --num-samples 100 {SAMPLE_FLAGS} "
-                           f"--num-workers 0 --ref {at}/real.npz --inception random")
-        images, labels = sample_letters(Sampler(evaluation))
+    for path in paths:
+        images, labels = sample_letters(Sampler(evaluation, path))
         correct = accuracy(classifier, images, labels)
         print(f"the classifier recognises {correct:.0%} of the samples at step {int(path.stem)}")
-        rows.append(images[:20])
-    # evaluation and path are those of the last checkpoint.
-    evaluate(evaluation)
+        rows.append(images[:12])
     haste.sample_from(announce(
-        "haste.py", f"--sample {at}/checkpoints/{path.name} {SAMPLE_FLAGS} --out {at}/samples.png"))
+        "haste.py", f"--sample {shlex.quote(str(path))} {SAMPLE_FLAGS} --out {at}/samples.png"))
     # All checkpoints draw the same labels; the first row has a real letter of each of them.
-    first_row = [real[real_labels == label][0] for label in labels[:20]]
+    first_row = [real[real_labels == label][0] for label in labels[:12]]
     picture = torch.cat([torch.stack(first_row), *rows]) / 255
     with atomic_write(home / "demo.png") as f:
-        save_image(F.interpolate(picture, scale_factor=2), f, "png", nrow=20)
+        save_image(F.interpolate(picture, scale_factor=6), f, "png", nrow=12)
     print(f"{home}/demo.png has real letters in its first row, and each checkpoint's below")
     return 0
 
@@ -948,12 +898,21 @@ def compare(args, training_flags):
     home = Path(args.output_dir, exp_name)
     path = home / "compare.json"
     data_flags = prepare_letters(home)
+    common = f"{data_flags} {TRAIN_FLAGS} {COMPARE_FLAGS} {training_flags}"
+    every = haste.parse_args(shlex.split(common)).checkpointing_steps
+    variants = list_variants(every)
+    # Wrong flags of any variant are found before the first is trained.
+    for flags in variants.values():
+        training = haste.parse_args(shlex.split(f"{common} {flags}"))
+    if training.max_train_steps < 2 * every:
+        raise UserError(f"--compare stops HASTE at {every} and {2 * every}, where there are checkpoints: use "
+                        f"more --max-train-steps, or fewer --checkpointing-steps")
     flags = vars(args) | {"seed": None, "seeds": None}
     results = {"flags": flags, "runs": {}, "cosines": {}}
     if path.is_file():
-        results = haste.read_json(path)
+        results = json.loads(path.read_text())
     if results["flags"] != flags:
-        raise UserError(f"{path} compares with other flags: delete {home}, or name another --exp-name")
+        raise UserError(f"{path} compares with other flags: name another --exp-name")
     classifier = fit_classifier()
     real, labels, _ = draw_letters(2000, seed=2)
     reference = classifier_statistics(classifier, real[:1000])
@@ -964,10 +923,8 @@ def compare(args, training_flags):
         return {"Frechet distance": distance, "recognised": accuracy(classifier, images, labels)}
 
     results["real"] = measure_letters(real[1000:], labels[1000:])
-    common = f"{data_flags} {TRAIN_FLAGS} {COMPARE_FLAGS} {training_flags}"
-    every = haste.parse_args(shlex.split(common)).checkpointing_steps
     seeds = [str(seed) for seed in range(args.seed, args.seed + args.seeds)]
-    for (variant, flags), seed in itertools.product(list_variants(every).items(), seeds):
+    for seed, (variant, flags) in itertools.product(seeds, variants.items()):
         runs = results["runs"].setdefault(variant, {})
         if seed in runs:
             continue
@@ -989,8 +946,8 @@ def compare(args, training_flags):
         for step in range(every, training.max_train_steps + 1, every):
             if str(step) in measured:
                 continue
-            sampler = Sampler(parse_args(
-                ["--ckpt", str(checkpoints / f"{step:07d}.pt"), "--seed", seed, *MEASURE_FLAGS.split()]))
+            evaluation = parse_args(["--seed", seed, *MEASURE_FLAGS.split()])
+            sampler = Sampler(evaluation, checkpoints / f"{step:07d}.pt")
             figures = measure_letters(*sample_letters(sampler))
             measured[str(step)] = figures | held_out_losses(sampler.model)
         runs[seed] = measured
@@ -1030,9 +987,10 @@ def report_comparison(home, results, seeds):
                 cells.append(f"{x.mean():.4g} ({difference:+.2g} ± {error:.2g})")
             print(f"| {step} |", " | ".join(cells), "|")
     real = ", ".join(f"{metric} {value:.4g}" for metric, value in results["real"].items())
-    print(f"\nMeans over the seeds {', '.join(seeds)}; in brackets the mean difference to {haste_early} at the "
-          f"same seed, ± its standard error. Frechet distance and recognition are by the classifier; L_diff "
-          f"is that of the EMA on held-out letters. Real letters: {real}. {home}/compare.json has all.")
+    print(f"\nMeans over the seeds {', '.join(seeds)}; in brackets the mean difference to {haste_early} at "
+          f"the same seed, ± its standard error. Frechet distance and recognition are by the classifier; "
+          f"L_diff is that of the EMA on held-out letters. Real letters: {real}. "
+          f"{home}/compare.json has all.")
     if not find_spec("matplotlib"):
         return
 
@@ -1053,8 +1011,9 @@ def report_comparison(home, results, seeds):
     axes[1, 0].set(title=f'held-out L_diff: "never" minus {haste_early}')
     measured = list(results["cosines"][seeds[0]])
     cosines = np.array([[results["cosines"][seed][step] for step in measured] for seed in seeds])
+    x = [int(step) for step in measured]
     for k, t in enumerate(haste.TRIGGER_TIMES):
-        axes[1, 1].errorbar([int(step) for step in measured], *mean_and_error(cosines[:, :, k]), label=f"t = {t}")
+        axes[1, 1].errorbar(x, *mean_and_error(cosines[:, :, k]), label=f"t = {t}")
     axes[1, 1].set(title="cosine of the gradients of alignment and L_diff")
     for axis in axes.flat:
         axis.set(xlabel="step")
