@@ -17,8 +17,8 @@ draws PNGs into a folder, only those that are missing, and measures it. Run the 
 What moves a FID: the sampler, its steps and its guidance; fewer samples, which raise it (a CIFAR-10 model had
 5.12 with 50,000 and 9.75 with 5,000: github.com/atong01/conditional-flow-matching/issues/111); equal numbers
 of the classes, --balanced; JPEG files; another resize; TF32 in the Inception (measured here, on 620 images:
-46.788 for 46.830). ADM computes precision and recall in fp16, here they are in fp32. Samples are drawn in
-fp32, with TF32 on a GPU, as the released code draws them; --precision bf16 is another protocol.
+46.788 with it, 46.830 without). ADM computes precision and recall in fp16, here they are in fp32. Samples are
+drawn in fp32, with TF32 on a GPU, as the released code draws them; --precision bf16 is another protocol.
 
 Sections 1 to 5 are the evaluation. Sections 6 and 7 are --demo and --demo --compare of haste.py, which run
 ordinary commands of both programs.
@@ -339,21 +339,24 @@ def list_checkpoints(paths):
     checkpoints = []
     for path in map(Path, paths):
         run = path / "checkpoints"
-        folder = run if run.is_dir() else path
-        found = [path]
-        if folder.is_dir():
-            found = sorted(file for file in folder.glob("*.pt") if file.stem.isdecimal())
-        if not found or not found[0].is_file():
+        found = [path] if path.is_file() else []
+        if run.is_dir():
+            newest = haste.newest_checkpoint(run)
+            found = [newest] if newest else []
+        elif path.is_dir():
+            found = sorted(file for file in path.glob("*.pt") if file.stem.isdecimal())
+        if not found:
             raise UserError(f"--ckpt {path}: there is no checkpoint")
-        checkpoints += found[-1:] if folder == run else found
+        checkpoints += found
     return checkpoints
 
 
 class Sampler:
     """Draws a checkpoint's samples, as PNGs in a folder.
 
-    Batch i is a function of (seed, i), whatever the number of processes. `settings` is all that decides the
-    samples, by content and not by the names of files; FOLDER.json holds it.
+    A batch is a function of the seed and its first sample's number, whatever the number of processes.
+    `settings` is what decides the samples on one kind of device, by content and not by the names of files;
+    FOLDER.json holds it.
     """
 
     def __init__(self, args, path):
@@ -386,7 +389,7 @@ class Sampler:
         run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
         balanced = "-balanced" if args.balanced else ""
         name = (f"{path.stem}-{args.mode}-{args.num_steps}-cfg-{args.cfg_scale:g}-in-{args.guidance_low:g}-"
-                f"{args.guidance_high:g}-seed-{args.seed}-{args.num_samples}{balanced}")
+                f"{args.guidance_high:g}-seed-{args.seed}-{args.num_samples}{balanced}-{args.precision}")
         return run / "eval" / name
 
     def choose_labels(self, n, rng):
@@ -434,6 +437,8 @@ class Sampler:
         if different and list_images(self.folder):
             raise UserError(f"{self.folder} holds images that were drawn in another way, or by another "
                             f"program ({', '.join(different)}): name another --out")
+        # All processes have looked before one writes.
+        haste.barrier()
         write_json(record, self.settings)
         n = self.args.num_samples
         batches = split_rows(n, self.args.batch_size)[RANK::WORLD_SIZE]
@@ -556,7 +561,7 @@ def evaluate(args):
     checkpoints = list_checkpoints(args.ckpt or ())
     if args.out and len(checkpoints) > 1:
         raise UserError("several checkpoints cannot share one --out: leave it out")
-    # It is loaded again when it draws, so that only one model is in memory at a time.
+    # A mistake in the flags shows on the first; it is loaded again when it draws.
     if checkpoints:
         Sampler(args, checkpoints[0])
     net = Inception(args.inception).to(DEVICE)
@@ -587,8 +592,9 @@ def evaluate(args):
             # References in several folders may all be called ref.npz.
             ref = Path(args.ref).absolute()
             write_json(f"{sampler.folder}-{ref.parent.name}-{ref.stem}.json", report)
-    if args.json:
-        write_json(args.json, reports)
+        if args.json:
+            # After each, so that a later one's error costs none.
+            write_json(args.json, reports)
     if RANK == 0:
         print_table(args, reports)
     return reports

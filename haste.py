@@ -34,6 +34,7 @@ import copy
 import gc
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -42,7 +43,7 @@ import time
 import traceback
 import zipfile
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -374,8 +375,8 @@ class Teacher(nn.Module):
         # The hub's DINOv2 returns a dictionary.
         if isinstance(features, dict):
             features = features["x_norm_patchtokens"]
-        # The last N tokens are the patches; class and register tokens come before them. To cut these from q
-        # and k is to cut their rows and columns from the logits, so that the maps are of the patches alone.
+        # The last N tokens are the patches; class and register tokens come before them. Without their q and k
+        # the logits lack their rows and columns, so that the maps are of the patches alone.
         N = self.grid ** 2
         qk = []
         for b in self.blocks:
@@ -435,8 +436,8 @@ def load_teacher(name, grid, blocks):
     shift = len(vit.blocks) - 12
     for b in blocks:
         if not 0 <= b + shift < len(vit.blocks):
-            raise UserError(f"the partner of an attention block, {b} of 12, does not exist: {name} has the "
-                            f"last {len(vit.blocks)}; choose others with --teacher-blocks")
+            raise UserError(f"there is no teacher block {b}: the blocks of {name} count as the last "
+                            f"{len(vit.blocks)} of 12; choose others with --teacher-blocks")
     for block in vit.blocks:
         if type(block.attn).__name__ not in ("Attention", "MemEffAttention"):
             raise UserError(f"--teacher {name} has blocks with {type(block.attn).__name__}, whose maps are "
@@ -628,7 +629,8 @@ def gradients(model, x0, eps, t, y, target, weights):
 def measure_cosines(model, teacher, data, args, step, size):
     """The cosine of the two gradients at each of TRIGGER_TIMES (appendix A.2), `size` images at a time.
 
-    The paper does not say how images are averaged; here the gradients are those of the mean losses.
+    In fp32, without autocast. The paper does not say how images are averaged; here the gradients are those of
+    the mean losses.
     """
     # The 1 keeps these random numbers apart from those of the step itself.
     chosen = permutation(len(data), args.seed, step, 1)[:args.tau_images]
@@ -872,8 +874,9 @@ def prepare(args):
                 "scale": vae.config.scaling_factor if vae else 1.0}
 
     # --- images of two kinds are not mixed in one folder
-    settings = {"images": len(paths), "resolution": args.resolution,
-                "vae": checksum(vae.state_dict()) if vae else None}
+    names = [Path(path).relative_to(args.prepare).as_posix() for path in paths]
+    settings = {"images": zlib.crc32(json.dumps([names, labels, captions]).encode()),
+                "resolution": args.resolution, "vae": checksum(vae.state_dict()) if vae else None}
     record = out / "prepare.json"
     if RANK == 0 and not record.exists():
         with atomic_write(record) as f:
@@ -991,13 +994,15 @@ def catch_stop_signals():
     caught = []
 
     def handle(number, frame):
-        # torchrun passes a terminal's Ctrl-C on, as an echo; later, a second one ends the program at once.
+        # torchrun passes a terminal's Ctrl-C on, as an echo. After 5 seconds, another one ends the program.
         if number == signal.SIGINT and caught and time.monotonic() - caught[0] > 5:
             raise KeyboardInterrupt
-        if RANK == 0 and not caught:
-            # Unlike print, this may be called at any instant.
-            os.write(2, b"\nstopping: a checkpoint is saved after this step; Ctrl-C ends at once\n")
         caught.append(time.monotonic())
+        if RANK == 0 and len(caught) == 1:
+            # The terminal may be gone, or a tee, which the same Ctrl-C ends.
+            with suppress(OSError):
+                # Unlike print, this may be called at any instant.
+                os.write(2, b"\nstopping: a checkpoint is saved after this step\n")
 
     # nohup ignores SIGHUP, and it stays ignored.
     before = {number: signal.signal(number, handle) for number in STOP_SIGNALS
@@ -1290,9 +1295,6 @@ class Meter:
         taken = table[:, names.index("grad_norm")].isfinite()
         for ok in taken.tolist():
             self.skipped_in_a_row = 0 if ok else self.skipped_in_a_row + 1
-            if self.skipped_in_a_row == MAX_SKIPPED:
-                raise UserError(f"no finite gradient in {MAX_SKIPPED} steps in a row: use --precision fp32, "
-                                f"or a lower --learning-rate")
         line = dict(zip(names, table[taken].mean(0).tolist())) if taken.any() else {}
         line["skipped_steps"] = int((~taken).sum())
         line["images_per_sec"] = batch_size * len(table) / (time.perf_counter() - self.started)
@@ -1336,7 +1338,12 @@ def load_batches(data, args, rows, steps):
         data, num_workers=args.num_workers, worker_init_fn=ignore_stop_signals,
         batch_sampler=batch_indices(len(data), args.seed, args.batch_size, rows, steps),
         pin_memory=DEVICE.type == "cuda", timeout=LOADER_TIMEOUT if args.num_workers else 0)
-    return iter(loader)
+    batches = iter(loader)
+    if hasattr(signal, "SIGCHLD"):
+        # Torch raises the error of a dead loader process in this signal's handler, at any line; without the
+        # handler, next(batches) raises it.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return batches
 
 
 def draw_samples(path, ema, run_args, args):
@@ -1350,7 +1357,7 @@ def draw_samples(path, ema, run_args, args):
 def compile_blocks(model):
     """Compiles the blocks, which share a graph, and the loss of a pair of maps."""
     global pair_loss
-    # Otherwise the graph would be cut at DDP's buckets.
+    # Otherwise each block's graph would be cut into parts, at DDP's buckets of gradients.
     torch._dynamo.config.optimize_ddp = False
     for block in model.blocks:
         block.compile(dynamic=False)
@@ -1367,6 +1374,10 @@ def train(args):
     data = Data(args.data_dir)
     fill_defaults(args, data)
     run = Path(args.output_dir, args.exp_name)
+    if RANK == 0:
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(run)
+    barrier()
     newest = newest_checkpoint(run / "checkpoints")
     saved = read_checkpoint(newest, args.model) if newest else {}
     step = int(newest.stem) if newest else 0
@@ -1419,6 +1430,7 @@ def train(args):
         for name, value in vars(args).items():
             if saved["args"].get(name, value) != value:
                 print0(f"note: {name} was {saved['args'][name]} until now, and is {value} from now on")
+    saved_step = step
     # A stop leaves a checkpoint, which goes when a newer one is complete.
     left_by_stop = newest if saved.get("stopped") else None
     # Free its memory: a checkpoint is as large as model, EMA and optimizer together.
@@ -1429,8 +1441,6 @@ def train(args):
     # --- what the first process writes
     run_args = vars(args) | {"vae": data.vae, "scale": data.scale, "classes": data.classes}
     if RANK == 0:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(run)
         remove_what_is_repeated(run, step)
         if args.wandb:
             start_wandb(args)
@@ -1443,7 +1453,7 @@ def train(args):
                f"so that samples may be noise: train longer, or with a lower --ema-decay")
 
     def save(stopped=False):
-        nonlocal left_by_stop
+        nonlocal saved_step, left_by_stop
         state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(),
                  "scaler": scaler.state_dict(), "args": run_args, "steps": step, "stopped": stopped,
                  "tau": tau if args.tau == "auto" and tau <= step else None}
@@ -1455,6 +1465,7 @@ def train(args):
         if left_by_stop and left_by_stop != path:
             left_by_stop.unlink(missing_ok=True)
         left_by_stop = path if stopped else None
+        saved_step = step
 
     # --- the two phases; at tau, everything of phase I is dropped at once
     weights = loss_weights(args)
@@ -1466,8 +1477,6 @@ def train(args):
             phase_end = min(tau, last_step) if aligned else last_step
             if step >= phase_end:
                 continue
-            if not aligned:
-                teacher = None
             data.with_images = aligned
             # DDP waits for the gradient of each weight that requires one; an unused projector gets none.
             model.projectors.requires_grad_(aligned and args.lambda_r > 0)
@@ -1516,7 +1525,7 @@ def train(args):
                 scaler.unscale_(optimizer)
                 max_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
                 means["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-                # torch's fused optimizers read this attribute, and skip the step if it is 1.
+                # torch's fused optimizers read this, and skip the step if it is 1. In fp16, the scaler sets it.
                 optimizer.found_inf = (~means["grad_norm"].isfinite()).float()
                 scaler.step(optimizer)
                 scaler.update()
@@ -1524,13 +1533,14 @@ def train(args):
                 update_ema(list(ema.parameters()), list(model.parameters()), step)
                 step += 1
                 meter.steps.append(means)
-                bar.update()
+                if not stop_signals:
+                    bar.update()
 
                 # --- the trigger: is it time for phase II?
                 if aligned and step < phase_end and trigger_is_due(step, args):
                     # A compiled backward pass runs only once, and here there are two.
                     with meter.paused(), torch.compiler.set_stance("force_eager"):
-                        # Half of a batch, as the graph of one backward pass is kept for the other.
+                        # In fp32, half of a batch takes the memory of a whole one in bf16.
                         size = max(1, micro_batch_size // 2)
                         cosines = measure_cosines(model, teacher, data, args, step, size)
                     cosine = sum(cosines) / len(cosines)
@@ -1553,12 +1563,16 @@ def train(args):
                         save()
                     if RANK == 0 and sampling:
                         draw_samples(run / f"samples/{step:07d}.png", ema, run_args, args)
+                if meter.skipped_in_a_row >= MAX_SKIPPED:
+                    error = UserError(f"no finite gradient in {MAX_SKIPPED} steps in a row: use --precision "
+                                      f"fp32, or a lower --learning-rate")
+                    break
                 if phase_ends and step < last_step:
                     print0(f"\nstep {step} is tau: phase II begins, without alignment; {run}/checkpoints has "
                            f"{step:07d}.pt")
 
-            # Phase I's loader processes and DDP's hooks end here; DDP is part of a cycle of references.
-            batches = net = None
+            # Here end phase I's loader processes, DDP and the teacher, which are in cycles of references.
+            batches = net = teacher = None
             gc.collect()
             if step < phase_end:
                 break
@@ -1568,11 +1582,10 @@ def train(args):
             if meter.steps:
                 line = meter.finish_line(args.batch_size)
                 log(run, args, step=step, phase=1 if aligned else 2, **line)
-            if RANK == 0:
-                # A checkpoint of the run's own steps stays.
-                save(stopped=step % args.checkpointing_steps > 0 and step != tau)
-    # All wait until the first process has saved.
-    barrier()
+            if RANK == 0 and step > saved_step:
+                save(stopped=True)
+        # All wait until the first process has saved.
+        barrier()
     if RANK == 0:
         lock.close()
     if error:
@@ -1878,6 +1891,7 @@ def load_clip():
 
 
 @torch.no_grad()
+@torch.autocast(DEVICE.type, enabled=False)
 def encode_captions(texts):
     """n texts -> the last hidden states of CLIP's text model, (n, 77, 768)."""
     tokenizer, model = load_clip()
@@ -1975,7 +1989,8 @@ def parse_args(argv=None):
     add("--sample", metavar="CHECKPOINT",
         help="draw --labels or --captions from the EMA of this checkpoint, or of a run's folder")
     add = group.add_argument
-    add("--compare", action="store_true", help="with --demo: plain, REPA, attention and HASTE side by side")
+    add("--compare", action="store_true",
+        help="plain, REPA, attention and HASTE side by side, on the demo's letters")
     add("--seeds", type=count, default=1, help="with --compare: runs of each of them, from --seed")
 
     add = parser.add_argument_group("data").add_argument
@@ -2053,7 +2068,7 @@ def main(argv=None):
     """Runs the command line `argv` -> its exit code. Ends with a sentence for a UserError."""
     args = parse_args(argv)
     with exit_on_user_error():
-        if args.demo:
+        if args.demo or args.compare:
             import evaluate
             return evaluate.demo(sys.argv[1:] if argv is None else argv)
         if args.prepare:
@@ -2066,4 +2081,9 @@ def main(argv=None):
 if __name__ == "__main__":
     # evaluate.py imports haste, and both must share one module.
     sys.modules["haste"] = sys.modules["__main__"]
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    finally:
+        # A loader process that hangs on a dead disk does not end otherwise.
+        for process in multiprocessing.active_children():
+            process.kill()

@@ -40,6 +40,7 @@ import sys
 import time
 import types
 import uuid
+import weakref
 import zipfile
 import zlib
 from contextlib import contextmanager, nullcontext, suppress
@@ -400,6 +401,7 @@ def default_signals():
 
 
 # ---- 1. The student ----------------------------------------------------------------------------------------
+# The same weights give what the released code gives; names and initial weights are SiT's and REPA's.
 
 def released_model():
     """A SiT with fixed weights, of which the figures of the released code are known."""
@@ -499,6 +501,7 @@ def test_queries_and_keys_are_views():
 
 
 # ---- 2. The teacher ----------------------------------------------------------------------------------------
+# Features and maps are those that the teacher itself computes, for the hub's DINOv2, timm's ViTs and files.
 
 class MemEffAttention(nn.Module):
     """Attention that forms its maps, as the hub's DINOv2 does without xFormers, and keeps them."""
@@ -686,12 +689,13 @@ def test_teacher_blocks_keep_their_distance_from_the_last(tmp_path, depth, block
 def test_a_teacher_with_too_few_blocks_is_refused(tmp_path):
     path = save_teacher(tmp_path / "teacher.pt", depth=4)
     # Block 7 of 12 would be -1, the last one.
-    with pytest.raises(UserError, match="7 of 12, does not exist: .* has the last 4"):
+    with pytest.raises(UserError, match="no teacher block 7: .* count as the last 4 of 12"):
         haste.load_teacher(path, 4, (7, 9, 11))
     assert haste.load_teacher(path, 4, (8, 11)).blocks == [0, 3]
 
 
 # ---- 3. Diffusion: the flow and its samplers ---------------------------------------------------------------
+# Samplers reach the exact answers of models that have one; guidance acts where it is asked to.
 
 class GaussianVelocity(nn.Module):
     """The exact velocity of data from N(0, 1/4): E[eps - x0 | x_t]."""
@@ -789,6 +793,7 @@ def test_paper_protocol_takes_250_evaluations_from_1_to_004():
 
 
 # ---- 4. Alignment: the losses ------------------------------------------------------------------------------
+# L_REPA and L_ATTA are their formulas, finite and the same in every precision; terms have weights and names.
 
 def test_feature_loss_is_the_mean_negative_cosine():
     z = torch.randn(2, 3, 5)
@@ -823,6 +828,7 @@ def naive_attention_loss(student, teacher):
     (6, 12, 5),         # more heads in the teacher
     (12, 12, 5),        # as many in both
     (16, 12, 5),        # SiT-XL's: four heads are not aligned
+    (16, 16, 5),        # nor with a teacher that has them, too
     (4, 2, 5),          # fewer heads in the teacher
 ])
 def test_attention_loss_is_the_mean_cross_entropy_of_paired_heads(heads, teacher_heads, N):
@@ -857,6 +863,14 @@ def test_attention_loss_is_finite_at_logit_gaps_past_100(dtype):
     assert loss.dtype == torch.float32
     assert loss.item() == 300
     assert q.grad.isfinite().all()
+
+
+def test_attention_loss_is_the_same_inside_autocast():
+    torch.manual_seed(0)
+    student, teacher = [[tuple(torch.randn(2, 2, 4, 9, 8).bfloat16())] for _ in range(2)]
+    outside = haste.attention_loss(student, teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert haste.attention_loss(student, teacher) == outside
 
 
 def test_only_one_pairs_maps_are_in_memory_at_a_time():
@@ -900,20 +914,21 @@ def test_diffusion_loss_by_hand_and_terms_of_weight_0_left_out():
 
 
 # ---- 5. Termination: the trigger ---------------------------------------------------------------------------
+# The cosine is that of the mean gradients of the feature block, over all images.
 
 class OneWeight(nn.Module):
     """v = w everywhere, z = (w, 1): with features (1, 0), alignment wants a larger w, L_diff w = eps - x0."""
 
     diffusion = haste.Flow()
-    feature_block = 1
+    feature_block = 2
 
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList([nn.Linear(1, 1, bias=False)])
-        nn.init.ones_(self.blocks[0].weight)
+        self.blocks = nn.ModuleList([nn.Linear(2, 1), nn.Linear(1, 1, bias=False)])
+        nn.init.ones_(self.blocks[1].weight)
 
     def forward(self, x, t, y, align=False):
-        w = self.blocks[0].weight.view(())
+        w = self.blocks[1].weight.view(())
         v = w.expand_as(x)
         z = torch.stack([w, torch.ones(())]).expand(len(x), 1, 2)
         return v, z, []
@@ -950,9 +965,15 @@ def test_trigger_averages_gradients_over_images_and_runs_the_teacher_once_each(d
     cosines = haste.measure_cosines(OneWeight(), teacher, data, args, step=0, size=5)
     assert cosines == [-1.0] * 4
     assert seen == [5, 5]
+    # A part counts by its images: 4 * (1, 1) and 1 * (1, -9) point in the direction of (5, -5).
+    seen.clear()
+    args = parse_flags("--tau-images 5")
+    assert haste.measure_cosines(OneWeight(), teacher, data, args, step=0, size=4) == [-1.0] * 4
+    assert seen == [4, 1]
 
 
 # ---- 6. Data -----------------------------------------------------------------------------------------------
+# Randomness is a function of seed, step and position; crops are ADM's; bad data are refused.
 
 def test_order_is_one_permutation_after_another_on_any_number_of_processes():
     def indices(rows):
@@ -1066,6 +1087,11 @@ def test_interrupted_prepare_resumes_and_ends_the_same(dataset, tmp_path, monkey
         assert torch.equal(resumed[i]["image"], whole[i]["image"])
     with pytest.raises(UserError, match="was begun with other images, another --resolution or another --vae"):
         prepare(dataset / "images", tmp_path / "data", "--resolution", 16)
+    # As many images, one of them another: the labels could be those of the wrong ones.
+    shutil.copytree(dataset / "images", tmp_path / "images")
+    (tmp_path / "images/class0/00.png").rename(tmp_path / "images/class3/new.png")
+    with pytest.raises(UserError, match="was begun with other images"):
+        prepare(tmp_path / "images", tmp_path / "data")
 
 
 class StubVAE(nn.Module):
@@ -1189,6 +1215,7 @@ def test_labels_are_dropped_at_the_rate_of_cfg_prob(dataset):
 
 
 # ---- 7. Checkpoints and VAEs -------------------------------------------------------------------------------
+# Checkpoints of HASTE, REPA, DiT and SiT load; torn or foreign files are never used in silence.
 
 @pytest.fixture(scope="module")
 def trained(dataset, tmp_path_factory):
@@ -1432,6 +1459,7 @@ def test_samples_that_are_not_finite_are_refused():
 
 
 # ---- 8. Training: the two phases ---------------------------------------------------------------------------
+# After tau nothing of phase I runs; a run that is resumed, or taken in parts, ends as the whole one.
 
 def test_run_through_both_phases_leaves_checkpoints_metrics_and_grids(trained):
     # Every second step, at tau, and at the end.
@@ -1450,10 +1478,24 @@ def test_run_through_both_phases_leaves_checkpoints_metrics_and_grids(trained):
 
 
 def test_nothing_of_phase_one_runs_after_tau(dataset, latents, tmp_path, monkeypatch):
-    teacher = record_calls(monkeypatch, haste.Teacher, "forward")
     images = record_calls(monkeypatch, Image, "open")
     attention = record_calls(monkeypatch, haste, "attention_loss")
+    alive = []
+    real_losses = haste.losses
+
+    def losses(*args):
+        alive.append(teacher and teacher[0][0]() is not None)
+        return real_losses(*args)
+
+    def forward(self, images, real=haste.Teacher.forward):
+        teacher.append((weakref.ref(self), images))
+        return real(self, images)
+
+    teacher = []
+    monkeypatch.setattr(haste.Teacher, "forward", forward)
+    monkeypatch.setattr(haste, "losses", losses)
     train(dataset, tmp_path, "--data-dir", latents)
+    assert alive == [True, True, True, False, False, False]
     assert len(teacher) == 3
     assert len(images) == 3 * 8
     assert len(attention) == 3
@@ -1473,6 +1515,12 @@ def test_tau_0_never_loads_a_teacher(dataset, tmp_path):
     train(dataset, tmp_path / "plain", "--tau", 0, "--teacher", "no such teacher")
     with pytest.raises(UserError, match="no such teacher"):
         train(dataset, tmp_path / "aligned", "--teacher", "no such teacher")
+
+
+def test_each_step_has_its_own_times_and_noise(dataset, tmp_path, monkeypatch):
+    calls = record_calls(monkeypatch, haste, "randomness")
+    train(dataset, tmp_path, "--seed", 7)
+    assert [key for _, _, *key in calls] == [[7, step] for step in range(6)]
 
 
 def test_lambda_a_0_is_repa(dataset, tmp_path, monkeypatch):
@@ -1580,6 +1628,7 @@ def test_50_skipped_steps_in_a_row_end_the_run_also_across_lines_of_the_log(data
     poison(monkeypatch, math.inf)
     with pytest.raises(UserError, match="no finite gradient in 3 steps"):
         train(dataset, tmp_path, "--tau", 0, "--log-every", 2)
+    assert checkpoints(tmp_path)[-1] == "0000004.pt"
 
 
 def replace_measurement(monkeypatch):
@@ -1690,6 +1739,7 @@ def test_speed_of_a_line_is_the_whole_runs_without_checkpoints_and_grids(dataset
 
 
 # ---- 8. Training: stops, failures, flags -------------------------------------------------------------------
+# Whatever ends a run, it has saved first, and the same command goes on.
 
 @pytest.mark.parametrize("processes", [0, 2])
 def test_stop_signal_saves_once_and_asks_to_be_started_again(dataset, tmp_path, processes):
@@ -1739,6 +1789,50 @@ def test_stops_do_not_pile_up_checkpoints(dataset, tmp_path, monkeypatch, defaul
         assert train(dataset, tmp_path, "--checkpointing-steps", 4, "--tau", 0) == 75
     train(dataset, tmp_path, "--checkpointing-steps", 100, "--tau", 0)
     assert checkpoints(tmp_path) == ["0000004.pt", "0000006.pt"]
+
+
+def test_a_stop_before_the_first_step_writes_and_removes_nothing(
+        dataset, tmp_path, monkeypatch, default_signals):
+    for flags in (("--max-train-steps", 3), ("--max-train-steps", 100)):
+        with monkeypatch.context() as patch:
+            stop_after(patch, 0)
+            assert train(dataset, tmp_path, "--checkpointing-steps", 100, *flags) == 75
+        train(dataset, tmp_path, "--checkpointing-steps", 100, "--max-train-steps", 3)
+        assert checkpoints(tmp_path) == ["0000003.pt"]
+    train(dataset, tmp_path)
+    assert "0000003.pt" in checkpoints(tmp_path)
+
+
+def test_a_stop_is_heeded_when_the_terminal_is_gone(default_signals, monkeypatch):
+    def write(*args):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", write)
+    with haste.catch_stop_signals() as caught:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+    assert caught
+
+
+def test_a_run_whose_loader_process_is_killed_saves_first(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(haste, "LOADER_TIMEOUT", 2)
+    steps = []
+    real_losses = haste.losses
+
+    def losses(*args):
+        steps.append(args)
+        if len(steps) == 2:
+            for process in multiprocessing.active_children():
+                process.kill()
+            time.sleep(0.2)
+        return real_losses(*args)
+
+    monkeypatch.setattr(haste, "losses", losses)
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        haste.main(run_flags(dataset, tmp_path, "--tau", 0, "--num-workers", 1, "--checkpointing-steps", 100,
+                             "--max-train-steps", 20))
+    # Some batches had been read before.
+    assert len(checkpoints(tmp_path)) == 1
 
 
 def test_an_echo_of_ctrl_c_does_not_end_a_run_and_a_second_one_does(default_signals, monkeypatch):
@@ -1841,6 +1935,9 @@ def test_flags_that_change_on_the_way_are_mentioned(dataset, trained, tmp_path, 
     printed = capsys.readouterr().out
     assert "note: tau was 3 until now, and is never from now on" in printed
     assert "note: seed was 0 until now, and is 9 from now on" in printed
+    # The optimizer goes on with this command's learning rate.
+    train(dataset, tmp_path, "--learning-rate", 0.25, "--max-train-steps", 8)
+    assert checkpoint(tmp_path, 8)["opt"]["param_groups"][0]["lr"] == 0.25
     assert "batch_size" not in printed
 
 
@@ -1944,6 +2041,7 @@ def test_the_program_and_evaluate_meet_in_one_module(tmp_path, monkeypatch):
 
 
 # ---- 9. Sampling -------------------------------------------------------------------------------------------
+# Grids are of the EMA, and show the classes that were asked for.
 
 def test_sample_draws_the_labels_asked_for_and_names_their_classes(trained, tmp_path, capsys):
     # A run's folder stands for its newest checkpoint.
@@ -1968,6 +2066,7 @@ def test_model_without_label_dropout_cannot_be_guided(dataset, tmp_path, capsys)
 
 
 # ---- 10. DiT and MM-DiT ------------------------------------------------------------------------------------
+# DiT's loss and samplers are those of DiT's code; MM-DiT's figures are the released code's.
 
 def test_dits_code_gives_the_same_figures(monkeypatch):
     """Loss, gradients and 12 respaced, guided steps."""
@@ -2189,6 +2288,12 @@ def test_captions_are_dropped_and_chosen_by_one_number(dataset, coco, tmp_path):
     assert chosen == ["", first[0], first[0], first[1], last[1]]
 
 
+def test_captions_are_encoded_alike_inside_and_outside_of_autocast(clip):
+    outside = haste.encode_captions(["a e"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(haste.encode_captions(["a e"]), outside)
+
+
 def test_mmdit_trains_through_tau_resumes_and_draws_captions(dataset, clip, coco, tmp_path, capsys):
     prepare(dataset / "images", tmp_path / "data", "--captions", coco)
     flags = ("--data-dir", tmp_path / "data", "--model", "MMDiT")
@@ -2203,6 +2308,7 @@ def test_mmdit_trains_through_tau_resumes_and_draws_captions(dataset, clip, coco
 
 
 # ---- evaluate.py: the network and the metrics --------------------------------------------------------------
+# Features are the FID Inception's, and the five metrics ADM's formulas.
 
 class TinyInception(nn.Module):
     """Stands in for the Inception: 24, 20 and 12 features of an image."""
@@ -2403,6 +2509,7 @@ def test_metrics_are_those_of_the_formulas_in_full_fp32(tiny_inception, tmp_path
 
 
 # ---- evaluate.py: images -----------------------------------------------------------------------------------
+# An .npz and a folder of the same images give the same figures.
 
 def test_npz_folder_and_prepared_dataset_give_the_same_figures(tiny_inception, tmp_path, monkeypatch):
     images = random_images(30)
@@ -2537,6 +2644,7 @@ def test_splits_that_spoil_the_inception_score_get_a_note(
 
 
 # ---- evaluate.py: samples of a checkpoint ------------------------------------------------------------------
+# Samples follow the protocol, resume, and are never mixed with others.
 
 def save_checkpoint(path, seed=0, **args):
     """Saves a SiT-XS/4 for 8 x 8 pixels and 4 classes, whose "model" and "ema" differ; returns its path."""
@@ -2577,7 +2685,7 @@ def test_the_protocol_is_printed_and_stored(tiny_inception, sample_flags, tmp_pa
     results = evaluate_flags(*sample_flags, *more, "--json", tmp_path / "out.json")
     assert list(results) == ["fid", "sfid", "is", "precision", "recall"]
     # The default folder is the run's, and its name tells apart what is drawn in different ways.
-    folder = tmp_path / "run/eval/0000002-heun-3-cfg-1.5-in-0-0.7-seed-3-20-balanced"
+    folder = tmp_path / "run/eval/0000002-heun-3-cfg-1.5-in-0-0.7-seed-3-20-balanced-fp32"
     path = sample_flags[1]
     report = json.loads((tmp_path / "out.json").read_text())[path]
     assert report == json.loads(Path(f"{folder}-{tmp_path.name}-ref.json").read_text())
@@ -2741,6 +2849,7 @@ def test_an_mmdit_draws_the_first_captions_of_a_dataset(monkeypatch):
 
 
 # ---- evaluate.py: mistakes ---------------------------------------------------------------------------------
+# Mistakes are found before anything is drawn.
 
 @pytest.fixture(scope="module")
 def bad_files(tmp_path_factory):
@@ -2866,6 +2975,7 @@ def test_results_have_a_place_before_the_work_begins(
 
 
 # ---- evaluate.py: the demo and the comparison --------------------------------------------------------------
+# Both are rows of ordinary commands.
 
 @pytest.fixture
 def quick_demo(tiny_inception, monkeypatch, tmp_path):
@@ -2962,6 +3072,7 @@ def test_the_held_out_loss_is_l_diff_at_fixed_times_as_a_whole_and_in_parts(quic
 
 
 # ---- Features together: processes, accumulation, compile, both models, tau, resume -------------------------
+# Any of them together, on two processes, trains what one process trains.
 
 PAIRS = {
     "SiT": "",
@@ -3086,6 +3197,7 @@ def test_going_further_runs_on_two_processes(pairs, name):
 
 
 # ---- README: Going further ---------------------------------------------------------------------------------
+# Each script runs as it stands in README, and does what its method is.
 
 def readme_blocks(language):
     """The fenced blocks of a language in README's section "Going further"."""
@@ -3363,6 +3475,7 @@ def test_going_further_merged_mlps_are_the_trained_ones_in_fewer_multiplications
 
 
 # ---- Slow: python -m pytest -m slow ------------------------------------------------------------------------
+# Kills at random instants change no bit, and a long run does not grow.
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes, kills", [(0, 12), (2, 6)])
@@ -3391,7 +3504,7 @@ def test_memory_threads_and_open_files_do_not_grow(dataset, tmp_path):
                       "--num-workers", 1, "--tau", 1500)
     seen = []
     with launch(flags, stderr=subprocess.DEVNULL) as process:
-        wait_for_checkpoint(tmp_path, process)
+        wait_for_metrics(tmp_path, 1, process)
         while process.poll() is None:
             # These files vanish as the process ends.
             with suppress(FileNotFoundError, IndexError):
