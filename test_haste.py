@@ -957,18 +957,20 @@ def test_trigger_averages_gradients_over_images_and_runs_the_teacher_once_each(d
 
     def gradients(*args):
         # The two parts disagree. A mean of their cosines would be 0, that of the gradients is -1.
-        denoise = 1.0 if len(seen) == 1 else -9.0
+        denoise = 1.0 if len(seen) == 1 else second
         return torch.tensor([[1.0], [denoise]])
 
     monkeypatch.setattr(haste, "gradients", gradients)
+    second = -9.0
     args = parse_flags("--tau-images 10")
     cosines = haste.measure_cosines(OneWeight(), teacher, data, args, step=0, size=5)
     assert cosines == [-1.0] * 4
     assert seen == [5, 5]
-    # A part counts by its images: 4 * (1, 1) and 1 * (1, -9) point in the direction of (5, -5).
+    # A part counts by its images: 4 * (1, 1) and 1 * (1, -2) make (5, 2), which agree.
     seen.clear()
+    second = -2.0
     args = parse_flags("--tau-images 5")
-    assert haste.measure_cosines(OneWeight(), teacher, data, args, step=0, size=4) == [-1.0] * 4
+    assert haste.measure_cosines(OneWeight(), teacher, data, args, step=0, size=4) == [1.0] * 4
     assert seen == [4, 1]
 
 
