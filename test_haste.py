@@ -20,7 +20,7 @@ What the tests are held to is not this repository's own output, but
     L_diff, L_REPA, L_ATTA, all metrics         naive loops over the formulas, in fp64
     samplers, trigger                           models whose exact answer is known
     crop, keys of references, notes             ADM's formulas
-    Inception's features                        torch-fidelity, where it is installed
+    Inception's features                        torch-fidelity: its figures, and itself where it is installed
     Inception's resize                          TensorFlow 1's formula, to the bit
     runs                                        other runs: resumed, in parts, on two processes, compiled
 """
@@ -2445,6 +2445,20 @@ def evaluate_images(folder, x, y, *more):
 
 
 @torch.no_grad()
+def test_features_of_random_weights_are_torch_fidelitys_figures():
+    # torch-fidelity's network had the weights of "random", and saw these images. Two features of each of the
+    # two images, then mean and standard deviation of all.
+    expected = [
+        [0.91442, 33.95115, 0.19516, 67.85587, 27.94207, 43.83376],     # pool
+        [0.60445, 4.85741, 0.0, 4.05868, 4.75907, 6.79113],             # spatial
+        [18.82058, 54.41476, 66.80949, 120.79, 4.04445, 72.41494],      # logits
+    ]
+    images = to_batch(random_images(2, 1, (2, 2)).repeat(20, 1).repeat(20, 2))
+    for features, figures in zip(evaluate.Inception("random")(images), expected, strict=True):
+        found = [*features[0, :2], *features[1, :2], features.mean(), features.std()]
+        assert torch.stack(found).tolist() == pytest.approx(figures, rel=1e-4, abs=1e-4)
+
+
 def test_metrics_are_those_of_torch_fidelitys_features(tmp_path, monkeypatch):
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     path = tmp_path / "weights.pth"
