@@ -653,9 +653,9 @@ def measure_cosines(model, teacher, data, args, step, size):
     return F.cosine_similarity(total[:, 0], total[:, 1], dim=1).tolist()
 
 
-def trigger_fires(cosines, args):
-    """True if alignment ends here: on average, the two gradients point apart (appendix A.2)."""
-    return sum(cosines) / len(cosines) < args.tau_cosine
+def trigger_fires(cosine, args):
+    """True if alignment ends here: by the mean cosine, the two gradients point apart (appendix A.2)."""
+    return cosine < args.tau_cosine
 
 
 # ---- 6. Data: images and their latents ---------------------------------------------------------------------
@@ -789,8 +789,8 @@ def to_device(items):
     return {key: x.to(DEVICE, non_blocking=True) for key, x in items.items()}
 
 
-# All randomness is a function of (seed, step, position in the global batch). A resumed run, or one on another
-# number of processes, sees the same images in the same order, with the same times and noise.
+# A step's randomness is a function of (seed, step, position in the global batch). A resumed run, or one on
+# another number of processes, sees the same images in the same order, with the same times and noise.
 
 # Two are kept: a batch can span the end of one permutation and the start of the next.
 @lru_cache(maxsize=2)
@@ -964,7 +964,11 @@ def barrier():
 @contextmanager
 def first_process_first():
     """Rank 0 enters first, then the first process of each node, then the others: downloads happen once."""
-    turn = 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
+    turn = 2
+    if LOCAL_RANK == 0:
+        turn = 1
+    if RANK == 0:
+        turn = 0
     # All processes pass two barriers, after the first and after the second turn.
     for _ in range(turn):
         barrier()
@@ -1525,7 +1529,7 @@ def train(args):
                 scaler.unscale_(optimizer)
                 max_norm = args.max_grad_norm if args.max_grad_norm > 0 else math.inf
                 means["grad_norm"] = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-                # torch's fused optimizers read this, and skip the step if it is 1. In fp16, the scaler sets it.
+                # torch's fused optimizers skip the step if this is 1. In fp16, the scaler sets it, too.
                 optimizer.found_inf = (~means["grad_norm"].isfinite()).float()
                 scaler.step(optimizer)
                 scaler.update()
@@ -1546,7 +1550,7 @@ def train(args):
                     cosine = sum(cosines) / len(cosines)
                     log(run, args, step=step, cosine=cosine, cosines=cosines)
                     # The first process decides for all.
-                    if any_process(RANK == 0 and trigger_fires(cosines, args)):
+                    if any_process(RANK == 0 and trigger_fires(cosine, args)):
                         tau = phase_end = step
                         print0(f"\nstep {step}: the mean cosine is {cosine:.4f}: tau is {step}")
 
