@@ -3113,7 +3113,7 @@ def train_pairs(dataset, out):
         train(dataset, out / name, *flags)
 
 
-def run_on_two_processes(dataset, home):
+def run_on_two_processes(dataset, home, sample_flags):
     """What each of two processes does for the tests below. Torch is imported once for all."""
     use_aot_eager(pytest.MonkeyPatch())
     # It would leave the group of processes after the first command.
@@ -3121,7 +3121,7 @@ def run_on_two_processes(dataset, home):
     train_pairs(dataset, home / "two")
 
     vars(evaluate).update(TINY_INCEPTION)
-    evaluate.main([*make_sample_flags(home), *DRAW_FLAGS, "--out", str(home / "two-samples")])
+    evaluate.main([*sample_flags, *DRAW_FLAGS, "--out", str(home / "two-samples")])
 
     # As with a disk for each node, of which the first has the checkpoints.
     node = home / f"node{haste.RANK}"
@@ -3163,8 +3163,9 @@ def pairs(dataset, tmp_path_factory):
     script.write_text(f"import sys\n"
                       f"sys.path[:0] = {folders}\n"
                       f"import {Path(__file__).stem} as tests\n"
-                      f"tests.run_on_two_processes(*map(tests.Path, sys.argv[1:]))\n")
-    run_program([dataset, home], 2, program=script)
+                      f"dataset, home, *sample_flags = sys.argv[1:]\n"
+                      f"tests.run_on_two_processes(tests.Path(dataset), tests.Path(home), sample_flags)\n")
+    run_program([dataset, home, *make_sample_flags(home)], 2, program=script)
     return home
 
 
