@@ -28,7 +28,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import sys
 import zipfile
 import zlib
@@ -228,15 +227,6 @@ def inception_score(splits):
         mean_p = p.mean(0)
         scores.append(((p * log_p).sum(1).mean() - torch.xlogy(mean_p, mean_p).sum()).exp())
     return torch.stack(scores).mean().item()
-
-
-def measure_order_effect(logits):
-    """By what fraction the score changes if each split takes every k-th sample, and not 5,000 in a row."""
-    k = max(1, len(logits) // SPLIT_SIZE)
-    # Without the last split if that is shorter.
-    logits = logits[:k * SPLIT_SIZE]
-    strided = [logits[i::k] for i in range(k)]
-    return inception_score(strided) / inception_score(logits.split(SPLIT_SIZE)) - 1
 
 
 # ADM computes these in fp16 if they stay finite; fp32 is what it falls back to.
@@ -523,26 +513,21 @@ def score(samples, reference):
     return results
 
 
-def list_notes(args, images, references, results, logits):
+def list_notes(args, images, references, results):
     """Sentences on what makes these figures incomparable with published ones."""
-    n = len(logits)
-    order_effect = measure_order_effect(logits)
-    notes = {
-        "the features are a random network's: figures compare only with one another":
-            args.inception == "random",
-        "the reference has no mu_s and sigma_s; pytorch-fid and clean-fid write such files, of images that "
-        "were resized in another way: then FID compares with no other": "sfid" not in results,
-        "samples and reference images differ in size":
-            references is not None and references.shape[1:] != images.shape[1:],
-        "samples are JPEG files, which moves FID":
-            any(name.lower().endswith((".jpg", ".jpeg")) for name in images.names),
-        f"only {n:,} samples instead of 50,000: FID is biased upwards": n < 50_000,
-        f"IS counts its last split, of only {n % SPLIT_SIZE:,} samples, as much as those of {SPLIT_SIZE:,}":
-            n > SPLIT_SIZE and n % SPLIT_SIZE > 0,
-        f"in another order of the samples IS would be {order_effect:+.0%}, as if they were sorted by class":
-            abs(order_effect) > 0.05,
-    }
-    return [note for note, applies in notes.items() if applies]
+    notes = []
+    if args.inception == "random":
+        notes.append("the features are a random network's: figures compare only with one another")
+    if "sfid" not in results:
+        notes.append("the reference has no mu_s and sigma_s; pytorch-fid and clean-fid write such files, of "
+                     "images that were resized in another way: then FID compares with no other")
+    if references is not None and references.shape[1:] != images.shape[1:]:
+        notes.append("samples and reference images differ in size")
+    if any(name.lower().endswith((".jpg", ".jpeg")) for name in images.names):
+        notes.append("samples are JPEG files, which moves FID")
+    if images.shape[0] < 50_000:
+        notes.append(f"only {images.shape[0]:,} samples instead of 50,000: FID is biased upwards")
+    return notes
 
 
 def evaluate(args):
@@ -550,52 +535,50 @@ def evaluate(args):
 
     Returns {path: report} on the first process, and an empty dictionary on the others.
     """
-    # --- mistakes are found before the hours of drawing
     haste.join_processes()
+    # Wrong files are found before the hours of drawing.
+    net = Inception(args.inception).to(DEVICE)
     if args.make_ref:
-        return make_reference(args)
-    if args.json:
-        check_output(args.json)
+        return make_reference(args, net)
     references, statistics = open_images(args.ref)
-    samples = {path: open_images(path) for path in args.samples or ()}
     checkpoints = list_checkpoints(args.ckpt or ())
     if args.out and len(checkpoints) > 1:
         raise UserError("several checkpoints cannot share one --out: leave it out")
-    # A mistake in the flags shows on the first; it is loaded again when it draws.
-    if checkpoints:
-        Sampler(args, checkpoints[0])
-    net = Inception(args.inception).to(DEVICE)
+
+    samples = {path: open_images(path) for path in args.samples or ()}
     reference = measure(references, statistics, net, args, "reference")
 
+    # --- {path: (images, stored statistics)} also of the checkpoints
+    samplers = {}
+    for path in checkpoints:
+        sampler = Sampler(args, path)
+        samples[path] = sampler.draw(), {}
+        samplers[path] = sampler.folder, sampler.settings
+
+    # --- figures
     reports = {}
-    for path in (*samples, *checkpoints):
-        settings = {}
-        if path in samples:
-            images, statistics = samples[path]
-        else:
-            sampler = Sampler(args, path)
-            images, statistics, settings = sampler.draw(), {}, sampler.settings
+    for path, (images, statistics) in samples.items():
         measured = measure(images, statistics, net, args, "samples")
         if RANK > 0:
             continue
         results = score(measured, reference)
+        folder, settings = samplers.get(path, (None, {}))
         report = results | {
             "num_samples": images.shape[0],
             "size": images.shape[1:3],
             "reference": args.ref,
             "inception": args.inception or WEIGHTS,
             "settings": settings,
-            "notes": list_notes(args, images, references, results, measured["logits"]),
+            "notes": list_notes(args, images, references, results),
         }
         reports[str(path)] = report
-        if path in checkpoints:
+        if folder:
             # References in several folders may all be called ref.npz.
             ref = Path(args.ref).absolute()
-            write_json(f"{sampler.folder}-{ref.parent.name}-{ref.stem}.json", report)
-        if args.json:
-            # After each, so that a later one's error costs none.
-            write_json(args.json, reports)
+            write_json(f"{folder}-{ref.parent.name}-{ref.stem}.json", report)
     if RANK == 0:
+        if args.json:
+            write_json(args.json, reports)
         print_table(args, reports)
     return reports
 
@@ -614,22 +597,12 @@ def print_table(args, reports):
         print(f"note: {note}")
 
 
-def check_output(path):
-    """Makes an empty file if there is none: a place that cannot be written is found before the work."""
-    if RANK == 0:
-        Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
-        open(path, "ab").close()
-
-
-def make_reference(args):
+def make_reference(args, net):
     """--make-ref: ADM's keys, from images; arr_0 holds all of them, or 10,000 evenly spaced ones."""
     path = args.out or "ref.npz"
-    # Of an interrupted command, there is an empty file.
-    if os.path.exists(path) and os.path.getsize(path) > 0:
+    if os.path.exists(path):
         raise UserError(f"--make-ref: {path} exists already: name another file with --out")
     images, _ = open_images(args.make_ref)
-    check_output(path)
-    net = Inception(args.inception).to(DEVICE)
     measured = measure(images, {}, net, args, "reference", keep=False)
     if RANK > 0:
         return
@@ -859,7 +832,7 @@ def list_variants(every):
     """The flags of each run; `every` is the number of steps between checkpoints.
 
     All start from the same weights, with the same batches and noise. "never" also measures the cosines of
-    the trigger, which never fires at -1. Each HASTE continues from a checkpoint of "never".
+    the trigger, which never fires at -1.
     """
     return {
         "never": "--tau auto --tau-cosine -1",
@@ -898,8 +871,6 @@ def held_out_losses(model):
 def compare(args, training_flags):
     """haste.py --demo --compare: trains list_variants() one after another by ordinary commands, and measures
     their checkpoints. What compare.json holds is not done again."""
-    if not find_spec("matplotlib"):
-        print("note: the tables will have no picture of the curves: that needs pip install matplotlib")
     exp_name = args.exp_name or "compare"
     home = Path(args.output_dir, exp_name)
     path = home / "compare.json"
@@ -935,30 +906,18 @@ def compare(args, training_flags):
         if seed in runs:
             continue
         run = f"{exp_name}/seed{seed}/{variant.replace(' ', '-')}"
-        checkpoints = Path(args.output_dir, run, "checkpoints")
-        measured = {}
-        if variant.startswith("HASTE"):
-            # Until tau it is the same run as "never", of which it takes the checkpoint and the figures.
-            tau = int(variant.split()[1])
-            trunk = home / f"seed{seed}/never/checkpoints/{tau:07d}.pt"
-            checkpoints.mkdir(parents=True, exist_ok=True)
-            shutil.copy(trunk, checkpoints)
-            never = results["runs"]["never"][seed]
-            measured = {step: figures for step, figures in never.items() if int(step) <= tau}
         training = announce("haste.py", f"{common} {flags} --seed {seed} --exp-name {shlex.quote(run)}")
         code = haste.train(training)
         if code:
             return code
+        runs[seed] = {}
         for step in range(every, training.max_train_steps + 1, every):
-            if str(step) in measured:
-                continue
             evaluation = parse_args(["--seed", seed, *MEASURE_FLAGS.split()])
-            sampler = Sampler(evaluation, checkpoints / f"{step:07d}.pt")
+            sampler = Sampler(evaluation, Path(args.output_dir, run, f"checkpoints/{step:07d}.pt"))
             figures = measure_letters(*sample_letters(sampler))
-            measured[str(step)] = figures | held_out_losses(sampler.model)
-        runs[seed] = measured
+            runs[seed][str(step)] = figures | held_out_losses(sampler.model)
         if variant == "never":
-            lines = (checkpoints.parent / "metrics.jsonl").read_text().splitlines()
+            lines = Path(args.output_dir, run, "metrics.jsonl").read_text().splitlines()
             measurements = [line for line in map(json.loads, lines) if "cosines" in line]
             results["cosines"][seed] = {str(line["step"]): line["cosines"] for line in measurements}
         write_json(path, results)
@@ -998,6 +957,7 @@ def report_comparison(home, results, seeds):
           f"L_diff is that of the EMA on held-out letters. Real letters: {real}. "
           f"{home}/compare.json has all.")
     if not find_spec("matplotlib"):
+        print("for a picture of the curves, pip install matplotlib, and run the same command again")
         return
 
     from matplotlib.figure import Figure

@@ -31,16 +31,13 @@ and the row MMDiT of CONFIGS; a reader of SiT can skip these.
 """
 import argparse
 import copy
-import gc
 import json
 import math
-import multiprocessing
 import os
 import re
 import signal
 import sys
 import time
-import traceback
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
@@ -361,10 +358,7 @@ class Teacher(nn.Module):
         # Hooks keep the output of qkv, so that the hub's code stays as it is.
         self.qkv = {}
         for b in set(blocks):
-            vit.blocks[b].attn.qkv.register_forward_hook(partial(self.keep, b))
-
-    def keep(self, b, module, args, output):
-        self.qkv[b] = output
+            vit.blocks[b].attn.qkv.register_forward_hook(partial(keep_output, self.qkv, b))
 
     @torch.no_grad()
     def forward(self, images):
@@ -390,6 +384,11 @@ class Teacher(nn.Module):
         return features[:, -N:], qk
 
 
+def keep_output(kept, key, module, args, output):
+    """A forward hook, with the dictionary and the key under which the module's output is kept."""
+    kept[key] = output
+
+
 def fused_attention(attn, x):
     """The attention of the hub's DINOv2 by torch's fused kernel: without xFormers, it forms its maps."""
     q, k, v = split_heads(attn.qkv(x), attn.num_heads)
@@ -409,8 +408,7 @@ def load_vit(name):
     if name.startswith("dinov2_"):
         with user_error(f"--teacher {name} could not be loaded into {torch.hub.get_dir()}: {offline}"):
             vit = torch.hub.load(DINOV2_REPO, name, trust_repo=True, skip_validation=True)
-        for block in vit.blocks:
-            block.attn.forward = partial(fused_attention, block.attn)
+        type(vit.blocks[0].attn).forward = fused_attention
     elif timm.is_model(name):
         with user_error(f"--teacher {name} could not be loaded by timm: {offline}"):
             vit = timm.create_model(name, pretrained=True, dynamic_img_size=True)
@@ -626,6 +624,8 @@ def gradients(model, x0, eps, t, y, target, weights):
     return torch.stack(flat)
 
 
+# A compiled backward pass runs only once, and here there are two.
+@torch.compiler.set_stance("force_eager")
 def measure_cosines(model, teacher, data, args, step, size):
     """The cosine of the two gradients at each of TRIGGER_TIMES (appendix A.2), `size` images at a time.
 
@@ -655,7 +655,8 @@ def measure_cosines(model, teacher, data, args, step, size):
 
 def trigger_fires(cosine, args):
     """True if alignment ends here: by the mean cosine, the two gradients point apart (appendix A.2)."""
-    return cosine < args.tau_cosine
+    # The first process decides for all.
+    return any_process(RANK == 0 and cosine < args.tau_cosine)
 
 
 # ---- 6. Data: images and their latents ---------------------------------------------------------------------
@@ -674,17 +675,13 @@ VAE_SCALE = 0.18215
 
 
 def to_rgb(image):
-    """A PIL image -> RGB, turned by its EXIF orientation (which ADM does not do), on white where transparent.
+    """A PIL image -> RGB, turned by its EXIF orientation (which ADM does not do).
 
     Raises UserError for images of more than 8 bits, which Pillow would clip.
     """
     if image.mode[0] in "IF":
         raise UserError(f"an image of mode {image.mode} has more than 8 bits: convert it")
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def center_crop(image, size):
@@ -874,8 +871,8 @@ def prepare(args):
                 "scale": vae.config.scaling_factor if vae else 1.0}
 
     # --- images of two kinds are not mixed in one folder
-    names = [Path(path).relative_to(args.prepare).as_posix() for path in paths]
-    settings = {"images": zlib.crc32(json.dumps([names, labels, captions]).encode()),
+    relative = [Path(path).relative_to(args.prepare).as_posix() for path in paths]
+    settings = {"images": zlib.crc32(json.dumps([relative, labels, captions]).encode()),
                 "resolution": args.resolution, "vae": checksum(vae.state_dict()) if vae else None}
     record = out / "prepare.json"
     if RANK == 0 and not record.exists():
@@ -916,12 +913,7 @@ def prepare(args):
             metadata["captions"] = {names[i]: captions[i] for i in done}
         with atomic_write(out / folder / "dataset.json") as f:
             f.write(json.dumps(metadata).encode())
-    unreadable = len(paths) - len(done)
-    print0(f"{out}: {len(done):,} images; {unreadable} could not be read")
-    # A script that goes on should not train on what a broken disk has left.
-    if unreadable > len(paths) / 100:
-        raise UserError(f"{unreadable} of {len(paths):,} images could not be read: the dataset is complete "
-                        f"without them; mend them and run the same --prepare again to add them")
+    print0(f"{out}: {len(done):,} images; {len(paths) - len(done)} could not be read")
 
 
 # ---- 7. Processes, models, files ---------------------------------------------------------------------------
@@ -1019,9 +1011,10 @@ def catch_stop_signals():
 
 
 def ignore_stop_signals(worker):
-    """Makes a loader process ignore stop signals; the main process ends it."""
+    """Makes a loader process ignore stop signals; the main process ends it, by SIGTERM if need be."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager
@@ -1128,14 +1121,8 @@ def convert_sit(state):
 
 def load_state(model, state, path):
     """Loads weights -> True if they have a projector that fits; otherwise the model's stays as it is."""
-    def projector(weights):
-        return {key: x for key, x in weights.items() if key.startswith("projectors.")}
-
-    def shapes(weights):
-        return {key: x.shape for key, x in weights.items()}
-
-    own = projector(model.state_dict())
-    fits = shapes(projector(state)) == shapes(own)
+    own = {key: x for key, x in model.state_dict().items() if key.startswith("projectors.")}
+    fits = all(key in state and state[key].shape == x.shape for key, x in own.items())
     if not fits:
         state = {key: x for key, x in state.items() if not key.startswith("projectors.")} | own
     with user_error(f"{path} is of another model or dataset: name the right --model and --data-dir, or "
@@ -1239,6 +1226,10 @@ def fill_defaults(args, data):
     if args.cfg_prob == 0:
         # Without label dropout there is no guidance, nor in the run's grids.
         args.cfg_scale = 1.0
+    initial = args.ema_decay ** args.max_train_steps
+    if initial > 0.1:
+        print0(f"note: at the end, {initial:.0%} of the EMA will be the initial weights, so that samples may "
+               f"be noise: train longer, or with a lower --ema-decay")
 
     # What follows would run, and train something else.
     parts = WORLD_SIZE * args.gradient_accumulation_steps
@@ -1257,11 +1248,7 @@ def log(run, args, **line):
         f.write(json.dumps(line) + "\n")
     if args.wandb:
         import wandb
-        try:
-            wandb.log(line, step=line["step"])
-        except Exception as e:      # a logger is no reason to end a run
-            print0(f"warning: W&B failed, and the run goes on without it ({e})")
-            args.wandb = None
+        wandb.log(line, step=line["step"])
 
 
 def start_wandb(args):
@@ -1280,6 +1267,12 @@ class Meter:
         self.steps = []
         self.skipped_in_a_row = 0
         self.started = time.perf_counter()
+
+    def check_skipped(self):
+        """Raises UserError after MAX_SKIPPED steps in a row without a finite gradient."""
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            raise UserError(f"no finite gradient in {MAX_SKIPPED} steps in a row: use --precision fp32, or a "
+                            f"lower --learning-rate")
 
     @contextmanager
     def paused(self):
@@ -1310,8 +1303,11 @@ class Meter:
         return line
 
 
-def restore(saved, path, model, ema, optimizer, scaler):
-    """Loads a checkpoint into a run."""
+def restore(saved, path, args, model, ema, optimizer, scaler):
+    """Loads a checkpoint into a run, and names the flags that are new from now on."""
+    for name, value in vars(args).items():
+        if saved["args"].get(name, value) != value:
+            print0(f"note: {name} was {saved['args'][name]} until now, and is {value} from now on")
     load_state(ema, saved["ema"], path)
     if load_state(model, saved["model"], path) and saved.get("opt"):
         # The learning rate is this command's, and REPA's optimizer is not fused.
@@ -1324,9 +1320,7 @@ def restore(saved, path, model, ema, optimizer, scaler):
 
 
 def remove_what_is_repeated(run, step):
-    """Removes the lines after `step` from metrics.jsonl, and the part of a file that a killed save left."""
-    for part in run.glob("checkpoints/*.part"):
-        part.unlink()
+    """Removes the lines after `step` from metrics.jsonl."""
     path = run / "metrics.jsonl"
     if path.is_file():
         # The last line may have been cut off.
@@ -1380,6 +1374,7 @@ def train(args):
     run = Path(args.output_dir, args.exp_name)
     if RANK == 0:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        # Until this function returns.
         lock = lock_folder(run)
     barrier()
     newest = newest_checkpoint(run / "checkpoints")
@@ -1387,9 +1382,6 @@ def train(args):
     step = int(newest.stem) if newest else 0
     last_step = args.max_train_steps
     check_same(f"{step} {vars(args)} {len(data)} {zlib.crc32(str(data.labels).encode())}")
-    if step >= last_step:
-        print0(f"{run} is at step {step}, --max-train-steps {last_step}: there is nothing to train")
-        return 0
 
     # --- tau: phase II begins after this step
     tau = args.tau
@@ -1404,18 +1396,16 @@ def train(args):
     micro_batch_size = local_batch_size // args.gradient_accumulation_steps
     rows = slice(RANK * local_batch_size, (RANK + 1) * local_batch_size)
 
-    # --- the teacher; and the text model, if there are captions
+    # --- the teacher
     teacher = None
     teacher_dim = 768
     if "projectors.0.4.bias" in saved.get("model", {}):
         teacher_dim = len(saved["model"]["projectors.0.4.bias"])
     with first_process_first():
-        if step < tau:
+        if step < min(tau, last_step):
             teacher_blocks = args.teacher_blocks if args.lambda_a > 0 else ()
             teacher = load_teacher(args.teacher, args.grid, teacher_blocks).to(DEVICE)
             teacher_dim = teacher.vit.embed_dim
-        if data.captions:
-            load_clip()
 
     # --- the student, its EMA, the optimizer; all processes start from the same weights
     torch.manual_seed(args.seed)
@@ -1430,11 +1420,7 @@ def train(args):
     # Loss scaling, for fp16 alone; elsewhere its methods pass everything through.
     scaler = torch.amp.GradScaler(DEVICE.type, enabled=args.precision == "fp16")
     if saved:
-        restore(saved, newest, model, ema, optimizer, scaler)
-        for name, value in vars(args).items():
-            if saved["args"].get(name, value) != value:
-                print0(f"note: {name} was {saved['args'][name]} until now, and is {value} from now on")
-    saved_step = step
+        restore(saved, newest, args, model, ema, optimizer, scaler)
     # A stop leaves a checkpoint, which goes when a newer one is complete.
     left_by_stop = newest if saved.get("stopped") else None
     # Free its memory: a checkpoint is as large as model, EMA and optimizer together.
@@ -1448,16 +1434,12 @@ def train(args):
         remove_what_is_repeated(run, step)
         if args.wandb:
             start_wandb(args)
-    barrier()
     kind = "latents" if data.latents else "pixels"
     print0(f"{run}: {args.model} on {len(data):,} {kind} of shape {data.shape}, {args.precision}, "
            f"{WORLD_SIZE} x {DEVICE.type}, tau {args.tau}, from step {step}")
-    if not newest and args.ema_decay ** last_step > 0.1:
-        print0(f"note: at the end, {args.ema_decay ** last_step:.0%} of the EMA will be the initial weights, "
-               f"so that samples may be noise: train longer, or with a lower --ema-decay")
 
     def save(stopped=False):
-        nonlocal saved_step, left_by_stop
+        nonlocal left_by_stop
         state = {"model": model.state_dict(), "ema": ema.state_dict(), "opt": optimizer.state_dict(),
                  "scaler": scaler.state_dict(), "args": run_args, "steps": step, "stopped": stopped,
                  "tau": tau if args.tau == "auto" and tau <= step else None}
@@ -1469,7 +1451,6 @@ def train(args):
         if left_by_stop and left_by_stop != path:
             left_by_stop.unlink(missing_ok=True)
         left_by_stop = path if stopped else None
-        saved_step = step
 
     # --- the two phases; at tau, everything of phase I is dropped at once
     weights = loss_weights(args)
@@ -1493,12 +1474,14 @@ def train(args):
             while step < phase_end:
                 # --- the next items of data
                 try:
+                    meter.check_skipped()
                     items = next(batches)
                 except Exception as e:      # save first, and then say why
                     error = e
                 # No process has begun the step yet, so that all can stop here if one of them has to.
                 if any_process(error or stop_signals):
                     break
+                bar.update()
 
                 # --- the batch: clean samples, conditions, times and noise
                 items = to_device(items)
@@ -1537,20 +1520,16 @@ def train(args):
                 update_ema(list(ema.parameters()), list(model.parameters()), step)
                 step += 1
                 meter.steps.append(means)
-                if not stop_signals:
-                    bar.update()
 
                 # --- the trigger: is it time for phase II?
-                if aligned and step < phase_end and trigger_is_due(step, args):
-                    # A compiled backward pass runs only once, and here there are two.
-                    with meter.paused(), torch.compiler.set_stance("force_eager"):
+                if aligned and trigger_is_due(step, args):
+                    with meter.paused():
                         # In fp32, half of a batch takes the memory of a whole one in bf16.
                         size = max(1, micro_batch_size // 2)
                         cosines = measure_cosines(model, teacher, data, args, step, size)
                     cosine = sum(cosines) / len(cosines)
                     log(run, args, step=step, cosine=cosine, cosines=cosines)
-                    # The first process decides for all.
-                    if any_process(RANK == 0 and trigger_fires(cosine, args)):
+                    if trigger_fires(cosine, args):
                         tau = phase_end = step
                         print0(f"\nstep {step}: the mean cosine is {cosine:.4f}: tau is {step}")
 
@@ -1559,7 +1538,8 @@ def train(args):
                 if step % args.log_every == 0 or phase_ends:
                     line = meter.finish_line(args.batch_size)
                     log(run, args, step=step, phase=1 if aligned else 2, **line)
-                    bar.set_postfix({key: f"{x:.4g}" for key, x in line.items() if key != "skipped_steps"})
+                    # It is shown with the next step, if the terminal is still there.
+                    bar.set_postfix({key: f"{x:.4g}" for key, x in line.items()}, refresh=False)
                 saving = step % args.checkpointing_steps == 0 or phase_ends
                 sampling = args.sampling_steps > 0 and (step % args.sampling_steps == 0 or phase_ends)
                 with meter.paused():
@@ -1567,32 +1547,22 @@ def train(args):
                         save()
                     if RANK == 0 and sampling:
                         draw_samples(run / f"samples/{step:07d}.png", ema, run_args, args)
-                if meter.skipped_in_a_row >= MAX_SKIPPED:
-                    error = UserError(f"no finite gradient in {MAX_SKIPPED} steps in a row: use --precision "
-                                      f"fp32, or a lower --learning-rate")
-                    break
                 if phase_ends and step < last_step:
                     print0(f"\nstep {step} is tau: phase II begins, without alignment; {run}/checkpoints has "
                            f"{step:07d}.pt")
 
-            # Here end phase I's loader processes, DDP and the teacher, which are in cycles of references.
+            # Here end phase I's loader processes, DDP and the teacher.
             batches = net = teacher = None
-            gc.collect()
             if step < phase_end:
                 break
 
         # --- stopped, by a signal or because the data failed: save what there is
-        if step < last_step:
-            if meter.steps:
-                line = meter.finish_line(args.batch_size)
-                log(run, args, step=step, phase=1 if aligned else 2, **line)
-            if RANK == 0 and step > saved_step:
-                save(stopped=True)
+        if RANK == 0 and not (run / f"checkpoints/{step:07d}.pt").is_file():
+            save(stopped=True)
         # All wait until the first process has saved.
         barrier()
-    if RANK == 0:
-        lock.close()
-    if error:
+    # Signals that end a step of a cluster's job end its loader processes, too.
+    if error and not stop_signals:
         raise error
     if step < last_step:
         print0(f"{run}: stopped after step {step}; the same command resumes")
@@ -2053,12 +2023,7 @@ def exit_on_user_error():
     """Prints a UserError as one sentence, and ends the program with exit code 1."""
     try:
         yield
-    except BaseException as e:
-        # A traceback keeps the variables of its functions, such as a loader. Python would wait for its
-        # processes, as they ignore the signal that is to end them.
-        traceback.clear_frames(e.__traceback__)
-        if not isinstance(e, UserError):
-            raise
+    except UserError as e:
         # A loader process puts its traceback before the sentence.
         sys.exit(f"error: {str(e).strip().splitlines()[-1]}")
     if dist.is_initialized():
@@ -2085,9 +2050,4 @@ def main(argv=None):
 if __name__ == "__main__":
     # evaluate.py imports haste, and both must share one module.
     sys.modules["haste"] = sys.modules["__main__"]
-    try:
-        sys.exit(main())
-    finally:
-        # A loader process that hangs on a dead disk does not end otherwise.
-        for process in multiprocessing.active_children():
-            process.kill()
+    sys.exit(main())
