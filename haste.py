@@ -1324,8 +1324,8 @@ def remove_what_is_repeated(run, step):
     path = run / "metrics.jsonl"
     if path.is_file():
         # The last line may have been cut off.
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
         with atomic_write(path) as f:
             f.write("".join(kept).encode())
 
@@ -1551,7 +1551,7 @@ def train(args):
                     print0(f"\nstep {step} is tau: phase II begins, without alignment; {run}/checkpoints has "
                            f"{step:07d}.pt")
 
-            # Here end phase I's loader processes, DDP and the teacher.
+            # Here end phase I's loader processes and the teacher; DDP, with Python's next garbage collection.
             batches = net = teacher = None
             if step < phase_end:
                 break
