@@ -1320,7 +1320,9 @@ def restore(saved, path, args, model, ema, optimizer, scaler):
 
 
 def remove_what_is_repeated(run, step):
-    """Removes the lines after `step` from metrics.jsonl."""
+    """Removes the lines after `step` from metrics.jsonl, and the part of a file that a killed save left."""
+    for part in run.glob("checkpoints/*.part"):
+        part.unlink()
     path = run / "metrics.jsonl"
     if path.is_file():
         # The last line may have been cut off.
@@ -1374,7 +1376,7 @@ def train(args):
     run = Path(args.output_dir, args.exp_name)
     if RANK == 0:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        # Until this function returns.
+        # It is held until this function returns.
         lock = lock_folder(run)
     barrier()
     newest = newest_checkpoint(run / "checkpoints")

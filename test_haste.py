@@ -1410,6 +1410,7 @@ def test_a_torn_newest_checkpoint_is_passed_over_by_name(dataset, trained, tmp_p
     newest = (trained / "run/checkpoints/0000006.pt").read_bytes()
     shutil.copy(trained / "run/checkpoints/0000004.pt", folder)
     (folder / "0000006.pt").write_bytes(newest[:len(newest) // 2])
+    (folder / "0000008.pt.part").write_bytes(b"what a killed save left")
     (folder / "best.pt").write_text("not a checkpoint of a run")
     # The run goes on from step 4, and ends with the same bits.
     train(dataset, tmp_path, "--cfg-prob", 0.5)
@@ -1782,7 +1783,7 @@ def test_stops_do_not_pile_up_checkpoints(dataset, tmp_path, monkeypatch, defaul
     assert checkpoints(tmp_path) == ["0000004.pt", "0000006.pt"]
 
 
-def test_a_stop_before_the_first_step_writes_and_removes_nothing(
+def test_a_stop_before_a_first_step_loses_no_checkpoint(
         dataset, tmp_path, monkeypatch, default_signals):
     for flags in (("--max-train-steps", 3), ("--max-train-steps", 100)):
         with monkeypatch.context() as patch:
