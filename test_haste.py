@@ -550,7 +550,9 @@ def test_features_and_maps_are_those_of_the_unpatched_dinov2(kind, monkeypatch):
     monkeypatch.setattr(torch.hub, "load", lambda repo, name, **options: copy.deepcopy(dino))
     teacher = haste.load_teacher(kind, 7, (7, 9, 11))
     images = to_batch(random_images(2, 0, (20, 20)))
+    fused = record_calls(monkeypatch, F, "scaled_dot_product_attention")
     features, qk = teacher(images)
+    assert len(fused) == 12
     # The hub's own attention, on the same images.
     monkeypatch.setattr(MemEffAttention, "forward", HUB_ATTENTION)
     x = F.interpolate((images - teacher.mean) / teacher.std, 21, mode="bicubic")
@@ -1694,7 +1696,9 @@ def test_metrics_of_a_resumed_run_have_each_step_once(dataset, tmp_path):
 
 
 def test_compiled_blocks_share_two_graphs_and_give_the_same_losses(dataset, tmp_path, monkeypatch):
-    train(dataset, tmp_path / "eager")
+    # The trigger fires after the third step. It takes other numbers of images, and is not compiled.
+    auto = ["--tau", "auto", "--tau-from", 3, "--tau-images", 8, "--tau-cosine", 1]
+    train(dataset, tmp_path / "eager", *auto)
     real = torch.compile
     graphs = []
     compiled = []
@@ -1711,12 +1715,13 @@ def test_compiled_blocks_share_two_graphs_and_give_the_same_losses(dataset, tmp_
 
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(haste, "pair_loss", haste.pair_loss)        # to restore what --compile replaces
-    train(dataset, tmp_path / "compiled", "--compile")
+    train(dataset, tmp_path / "compiled", "--compile", *auto)
     # One graph for the blocks and one for the loss, whatever their number: each would take minutes.
     assert len(graphs) == 2
     assert compiled == ["Block"] * 4 + ["function"]
     eager_losses = metrics(tmp_path / "eager", "loss")
     assert eager_losses == pytest.approx(metrics(tmp_path / "compiled", "loss"), rel=1e-5)
+    assert metrics(tmp_path / "compiled", "phase") == [1, 1, 1, 2, 2, 2]
 
 
 def test_speed_of_a_line_is_the_whole_runs_without_checkpoints_and_grids(dataset, tmp_path, monkeypatch):
@@ -1825,6 +1830,24 @@ def test_a_run_whose_loader_process_is_killed_saves_first(dataset, tmp_path, mon
                              "--max-train-steps", 20))
     # Some batches had been read before.
     assert len(checkpoints(tmp_path)) == 1
+
+
+def test_a_stop_that_also_ends_the_loader_processes_is_no_error(
+        dataset, tmp_path, monkeypatch, default_signals):
+    real = haste.Data.__getitem__
+    reads = []
+
+    def read(self, i):
+        reads.append(i)
+        # The start reads one item, and the first step 8.
+        if len(reads) > 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("DataLoader worker exited unexpectedly")
+        return real(self, i)
+
+    monkeypatch.setattr(haste.Data, "__getitem__", read)
+    assert train(dataset, tmp_path, "--checkpointing-steps", 100) == 75
+    assert checkpoints(tmp_path) == ["0000001.pt"]
 
 
 def test_an_echo_of_ctrl_c_does_not_end_a_run_and_a_second_one_does(default_signals, monkeypatch):
